@@ -1,0 +1,74 @@
+"""Test environments. `scripts/test` runs the default sessions in the environment that is active.
+
+Without `--no-venv` every session gets an environment of its own, with its own torch:
+`nox -s unit`, `nox -s unit_oldest` (torch 2.10.0: several GB from PyPI), `nox -s bench -- coverage`.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import nox
+
+nox.needs_version = ">=2025.2"
+nox.options.sessions = ["lint", "unit", "zoo"]
+nox.options.stop_on_first_error = False
+
+TORCH = "2.13.0"
+OLDEST_TORCH = "2.10.0"
+PARALLEL = ("-n", "auto", "--maxprocesses", "4", "--dist", "loadgroup")
+
+
+def prepare(session: nox.Session, torch: str = TORCH) -> None:
+    """Install npu_fuse with its test tools, unless the active environment is to be used as it is."""
+    if session.venv_backend != "none":
+        session.install(f"torch=={torch}")
+        session.install("-e", ".[test]", f"torch=={torch}")
+
+
+@nox.session
+def lint(session: nox.Session) -> None:
+    """Style, formatting and types."""
+    prepare(session)
+    session.run("python", "-m", "ruff", "check", ".")
+    session.run("python", "-m", "ruff", "format", "--check", ".")
+    session.run("python", "-m", "mypy", "--strict")
+
+
+@nox.session
+def unit(session: nox.Session) -> None:
+    """Every test but the zoo, the slow ones and those of the real torch_npu wheel."""
+    prepare(session)
+    run_unit(session)
+
+
+@nox.session
+def unit_oldest(session: nox.Session) -> None:
+    """The unit tests on the oldest torch supported."""
+    prepare(session, OLDEST_TORCH)
+    run_unit(session)
+
+
+def run_unit(session: nox.Session) -> None:
+    marked = "not zoo and not slow and not real_wheel"
+    session.run("python", "-m", "pytest", *PARALLEL, "-m", marked, *session.posargs)
+
+
+@nox.session
+def zoo(session: nox.Session) -> None:
+    """A representative part of the architectures; `bench/coverage.py` runs all."""
+    if not any("mark.zoo" in path.read_text() for path in Path("tests").rglob("test_*.py")):
+        session.skip("no test is marked zoo yet")
+    prepare(session)
+    session.run("python", "-m", "pytest", *PARALLEL, "-m", "zoo and not slow", *session.posargs)
+
+
+@nox.session
+def bench(session: nox.Session) -> None:
+    """Benchmarks by name (`-- pass_time memory`), or all of them."""
+    prepare(session)
+    found = {path.stem: str(path) for path in sorted(Path("bench").glob("*.py")) if path.stem[0] != "_"}
+    for name in session.posargs or found:
+        if name not in found:
+            session.error(f"no benchmark {name!r}; there are: {', '.join(found) or 'none yet'}")
+        session.run("python", found[name])
