@@ -1,0 +1,145 @@
+"""Leave no trace: put a model, its inputs, random states and Dynamo's own state back as they were.
+
+`explain` runs the model once to capture it. A model may write to its buffers and attributes as it runs,
+Dynamo keeps compiled code on the model's functions and remembers sizes it has seen, and a frame that it
+gave up on stays given up on. None of that may change what the user's own `torch.compile` does later.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+import random
+import sys
+import types
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch.utils import _pytree as pytree
+
+logger = logging.getLogger(__name__)
+
+_MISSING = object()
+
+
+@contextmanager
+def model_untouched(model: Callable[..., Any], inputs: object) -> Iterator[None]:
+    """Restore on exit: attributes, buffers and training mode of `model`'s modules, tensors in `inputs` that
+    were written in place, and the random states of torch (every device in use), Python and numpy.
+
+    Not restored: what lives in the model's own lists, dicts and other objects, such as a cache that is
+    given as an input. Parameters are taken not to change in a forward pass.
+    """
+    modules = list(model.modules()) if isinstance(model, torch.nn.Module) else []
+    dicts = [d for m in modules for d in (m.__dict__, m._parameters, m._buffers, m._modules)]
+    kept = [(d, dict(d)) for d in dicts]
+    buffers = [b for m in modules for b in m._buffers.values() if b is not None]
+    leaves = [leaf for leaf in pytree.tree_leaves(inputs) if isinstance(leaf, torch.Tensor)]
+    copies = _copies([*buffers, *leaves])
+    parameters = model.parameters() if isinstance(model, torch.nn.Module) else ()
+    with _random_states([*buffers, *leaves, *parameters]):
+        try:
+            yield
+        finally:
+            for d, saved in kept:
+                _restore(d, saved)
+            for tensor, version, saved_tensor in copies:
+                # Batch norm writes its statistics without counting up the version: compare values too.
+                if version is None or _version(tensor) != version or not torch.equal(tensor, saved_tensor):
+                    with torch.inference_mode(tensor.is_inference()), torch.no_grad():
+                        tensor.copy_(saved_tensor)
+
+
+def _restore(d: dict[str, Any], saved: dict[str, Any]) -> None:
+    for key in d.keys() - saved.keys():
+        del d[key]
+    for key, value in saved.items():
+        if d.get(key, _MISSING) is not value:
+            d[key] = value
+
+
+def _copies(tensors: Iterable[torch.Tensor]) -> list[tuple[torch.Tensor, int | None, torch.Tensor]]:
+    made = []
+    for tensor in {id(t): t for t in tensors}.values():
+        if tensor.is_meta:
+            continue
+        try:
+            made.append((tensor, _version(tensor), tensor.detach().clone()))
+        except Exception as error:  # a tensor subclass without clone: it cannot be put back
+            logger.debug("cannot keep a copy of a %s: %s", type(tensor).__name__, error)
+    return made
+
+
+def _version(tensor: torch.Tensor) -> int | None:
+    """How often the tensor was written to; None for inference tensors, which do not count."""
+    return None if tensor.is_inference() else tensor._version
+
+
+@contextmanager
+def _random_states(tensors: Iterable[torch.Tensor]) -> Iterator[None]:
+    devices: dict[str, set[int]] = {}
+    for tensor in tensors:
+        if tensor.device.type not in ("cpu", "meta"):
+            devices.setdefault(tensor.device.type, set()).add(tensor.device.index or 0)
+    numpy = sys.modules.get("numpy")
+    numpy_state = numpy.random.get_state() if numpy is not None else None
+    python_state = random.getstate()
+    with ExitStack() as stack:
+        stack.enter_context(torch.random.fork_rng(devices=[]))
+        for kind, indices in devices.items():
+            stack.enter_context(torch.random.fork_rng(devices=sorted(indices), device_type=kind))
+        try:
+            yield
+        finally:
+            random.setstate(python_state)
+            if numpy is not None:
+                numpy.random.set_state(numpy_state)
+
+
+@contextmanager
+def dynamo_untouched(backend: Callable[..., Any]) -> Iterator[None]:
+    """Drop on exit what Dynamo has compiled for `backend`, and nothing that anyone else has compiled.
+
+    `torch._dynamo.reset` would throw the user's compiled code away. Functions that Dynamo first met in here
+    are reset (their code, and the mark of a frame that was given up on); of the others, only the entries
+    made for `backend` are invalidated (torch keeps them, empty). The sizes seen are forgotten, or the next
+    compile of the same code with another size would become dynamic.
+    """
+    from torch._dynamo import convert_frame, pgo, utils
+
+    known = {id(code): code for code in _codes(convert_frame)}
+    sizes_seen = copy.deepcopy(pgo._CODE_STATE)
+    counters = copy.deepcopy(dict(utils.counters))
+    breaks = len(utils.graph_break_reasons)
+    try:
+        yield
+    finally:
+        with convert_frame.compile_lock:
+            for code in _codes(convert_frame):
+                _forget(code, backend, first_met=id(code) not in known)
+            pgo._CODE_STATE = sizes_seen
+            utils.counters.clear()
+            utils.counters.update(counters)
+            del utils.graph_break_reasons[breaks:]
+
+
+def _codes(convert_frame: Any) -> list[types.CodeType]:
+    """Every function that Dynamo has tried to compile and that is still alive."""
+    return [code for ref in convert_frame.input_codes.seen if (code := ref()) is not None]
+
+
+def _forget(code: types.CodeType, backend: Callable[..., Any], *, first_met: bool) -> None:
+    from torch._C._dynamo import eval_frame
+    from torch._dynamo.guards import DeletedGuardManagerWrapper
+
+    if first_met:
+        eval_frame.reset_code(code)
+        return
+    for entry in eval_frame._debug_get_cache_entry_list(code):
+        if getattr(entry.backend, "compiler_fn", entry.backend) is backend:
+            manager = entry.guard_manager
+            extra_state = getattr(manager, "extra_state", None)
+            if extra_state is not None:
+                extra_state.invalidate(entry, DeletedGuardManagerWrapper("npu_fuse.explain has ended"))
