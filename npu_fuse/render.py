@@ -1,4 +1,4 @@
-"""Reports as people read them (a table, one log line) and as programs read them (JSON).
+"""Reports as people read them: a table, and one log line for each graph.
 
 Sites that differ only in the number of their layer are one row with a count: 28 decoder layers give one
 row `model.layers.*.input_layernorm`. Bytes are printed in decimal units (1 kB = 1000 bytes).
@@ -6,13 +6,10 @@ row `model.layers.*.input_layernorm`. Bytes are printed in decimal units (1 kB =
 
 from __future__ import annotations
 
-import json
-import math
 import os
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields, is_dataclass
-from enum import Enum
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from rich import box
@@ -21,10 +18,11 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from npu_fuse.report import FORMAT_VERSION, Cost, GraphReport, ProofFacts, SiteReport, Status
+from npu_fuse.report import Cost, GraphReport, ProofFacts, SiteReport, Status
 
 if TYPE_CHECKING:
-    from npu_fuse.explain import Break, ExplainReport, Failure
+    from npu_fuse.explain import ExplainReport
+    from npu_fuse.stops import Break, Failure
 
 WIDTH = 120
 MIN_WIDTH = 80
@@ -51,9 +49,7 @@ _STYLE = {
 def one_line(graph: GraphReport) -> str:
     """What was fused in one graph and what was not, for the log: never empty."""
     fused = Counter(s.op for s in graph.sites if s.status is Status.FUSED)
-    missed = Counter(
-        (s.op, f"{s.reason} at {short_place(s)}") for s in graph.sites if s.status is not Status.FUSED
-    )
+    missed = Counter((s.op, f"{s.reason} at {place(s)}") for s in graph.sites if s.status is not Status.FUSED)
     parts = []
     if fused:
         parts.append("fused " + ", ".join(f"{op} {n}" for op, n in fused.items()))
@@ -121,7 +117,9 @@ def totals(graphs: Sequence[GraphReport]) -> str:
     line = f"Fused {status[Status.FUSED]} of {_plural(len(sites), 'site')}" + (f" ({rest})" if rest else "")
     fused = [site for site in sites if site.status is Status.FUSED]
     if fused:
-        line += ": " + ", ".join(_saved(_sum(s.before for s in fused), _sum(s.after for s in fused)))
+        line += ": " + ", ".join(
+            _saved(sum_costs(s.before for s in fused), sum_costs(s.after for s in fused))
+        )
     return line + "."
 
 
@@ -159,7 +157,7 @@ def _table(grouped: list[Row]) -> Table:
         table.add_row(
             Text.assemble((site.op, "bold"), "\n", (_words(site.status), _STYLE.get(site.status, "yellow"))),
             str(row.count),
-            Text("\n".join(filter(None, (row.module, place(site))))),
+            Text("\n".join(filter(None, (row.module, place(site) if site.file else "")))),
             Text("\n".join(_tensor(site))),
             Text("\n".join(_outcome(site))),
             Text("\n".join(_errors(site.proof))),
@@ -210,7 +208,7 @@ def _errors(proof: ProofFacts | None) -> list[str]:
 
 def _stop(item: Break | Failure) -> RenderableType:
     """A graph break or a failure: where, why, and the first hint (JSON has all)."""
-    from npu_fuse.explain import Failure
+    from npu_fuse.stops import Failure
 
     where = Text(item.file or "place unknown", style="cyan")
     where.append(f":{item.line}" if item.line else "")
@@ -227,54 +225,6 @@ def _stop(item: Break | Failure) -> RenderableType:
         hints = [hint for hint in item.hints if "report an issue" not in hint]
         lines += [Text(f"Hint: {hint}", style="dim") for hint in hints[:1]]
     return Group(Padding(where, (0, 0, 0, 2)), *(Padding(line, (0, 0, 0, 6)) for line in lines))
-
-
-# ------------------------------------------------------------------------------------------------------ JSON
-
-
-def to_dict(report: ExplainReport) -> dict[str, Any]:
-    """The report as plain dicts, lists, strings and numbers; docs/report_format.md describes them."""
-    import torch
-
-    from npu_fuse import __version__
-
-    sites = [site for graph in report.graphs for site in graph.sites]
-    fused = [site for site in sites if site.status is Status.FUSED]
-    made = _plain(report)
-    assert isinstance(made, dict)
-    return {
-        "format": "npu_fuse.explain",
-        "version": FORMAT_VERSION,
-        "npu_fuse": __version__,
-        "torch": str(torch.__version__),
-        **made,
-        "totals": {
-            "sites": len(sites),
-            "by_status": {s.value: n for s, n in Counter(site.status for site in sites).items()},
-            "fused": dict(Counter(site.op for site in fused)),
-            "before": _plain(_sum(site.before for site in fused)),
-            "after": _plain(_sum(site.after for site in fused)),
-        },
-    }
-
-
-def to_json(report: ExplainReport, indent: int | None = 2) -> str:
-    """`to_dict` as JSON text that every JSON parser reads (no NaN or Infinity literals)."""
-    return json.dumps(to_dict(report), indent=indent, allow_nan=False)
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, Enum):
-        return value.value
-    if is_dataclass(value) and not isinstance(value, type):
-        return {f.name: _plain(getattr(value, f.name)) for f in fields(value)}
-    if isinstance(value, Mapping):
-        return {str(k): _plain(v) for k, v in value.items()}
-    if isinstance(value, (tuple, list)):
-        return [_plain(v) for v in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return str(value)
-    return value
 
 
 # --------------------------------------------------------------------------------------------------- helpers
@@ -299,12 +249,8 @@ def short_dtype(dtype: str) -> str:
 def place(site: SiteReport) -> str:
     """The site's line as modeling_llama.py:63."""
     if not site.file:
-        return "source unknown"
+        return site.module or "an unknown line"
     return f"{os.path.basename(site.file)}:{site.line}" if site.line else os.path.basename(site.file)
-
-
-def short_place(site: SiteReport) -> str:
-    return place(site) if site.file else (site.module or "an unknown line")
 
 
 def first_line(message: str) -> str:
@@ -334,7 +280,7 @@ def _pattern(modules: Sequence[str | None]) -> str | None:
     return ".".join(parts[0] if len(set(parts)) == 1 else "*" for parts in zip(*paths, strict=True))
 
 
-def _sum(costs: Iterable[Cost]) -> Cost:
+def sum_costs(costs: Iterable[Cost]) -> Cost:
     every = list(costs)
     return Cost(
         ops=sum(c.ops for c in every),
