@@ -1,0 +1,249 @@
+"""Normal forms that rules read: sums with constants, squares, means of squares, factors.
+
+Nothing here walks past what a rule asks for: a sum is flattened through additions with constants and
+constant factors only, a product only until the value a rule looks for is found.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch.fx import Node
+
+from npu_fuse import dialect as d
+from npu_fuse.view import View, is_one, same_size
+
+
+@dataclass
+class Sum:
+    """`constant + symbol + Σ coefficient · node`; `nodes` are the additions and factors passed on the way."""
+
+    constant: float = 0.0
+    symbol: Node | None = None
+    terms: list[tuple[float, Node]] = field(default_factory=list)
+    nodes: list[Node] = field(default_factory=list)
+
+
+def sum_of(view: View, node: Any, scale: float = 1.0, into: Sum | None = None, depth: int = 0) -> Sum:
+    """Flatten additions of constants and constant factors; casts between float types are passed."""
+    total = into if into is not None else Sum()
+    number = d.constant(node)
+    if number is not None:
+        total.constant += scale * number
+        return total
+    if not isinstance(node, Node):
+        return total
+    if d.symbolic_scalar(node):
+        if total.symbol is not None or scale != 1.0:
+            total.terms.append((scale, node))
+        else:
+            total.symbol = node
+        return total
+    name = d.name(node) if node.op.startswith("call") else ""
+    if depth < 8:
+        if name == "cast" and isinstance(node.args[0], Node):
+            total.nodes.append(node)
+            return sum_of(view, node.args[0], scale, total, depth + 1)
+        if name in ("add", "sub", "rsub"):
+            first, second = d.binary(node)
+            alpha = d.constant(node.kwargs.get("alpha", 1))
+            if alpha is not None and (d.constant(first) is not None or d.constant(second) is not None
+                                      or d.symbolic_scalar(first) or d.symbolic_scalar(second)):  # fmt: skip
+                total.nodes.append(node)
+                sign = alpha if name == "add" else -alpha
+                sum_of(view, first, scale, total, depth + 1)
+                return sum_of(view, second, scale * sign, total, depth + 1)
+        factor = constant_factor(node)
+        if factor is not None:
+            total.nodes.append(node)
+            return sum_of(view, factor[1], scale * factor[0], total, depth + 1)
+    total.terms.append((scale, node))
+    return total
+
+
+def constant_factor(node: Node) -> tuple[float, Node] | None:
+    """`c · x`, `x / c`, `-x` as (c, x)."""
+    name = d.name(node)
+    if name == "neg":
+        operand = d.unary(node)
+        return (-1.0, operand) if isinstance(operand, Node) else None
+    if name not in ("mul", "div"):
+        return None
+    first, second = d.binary(node)
+    left, right = d.constant(first), d.constant(second)
+    if node.kwargs.get("rounding_mode") is not None:
+        return None
+    if right is not None and isinstance(first, Node) and d.tensor(first) is not None and right != 0:
+        return (right if name == "mul" else 1.0 / right, first)
+    if left is not None and name == "mul" and isinstance(second, Node) and d.tensor(second) is not None:
+        return (left, second)
+    return None
+
+
+def root_of(node: Node) -> tuple[float, Node] | None:
+    """`S^e` with e = ±1/2 as (e, S): rsqrt, sqrt, pow."""
+    name = d.name(node) if node.op.startswith("call") else ""
+    if name in ("rsqrt", "sqrt"):
+        operand = d.unary(node)
+        return (-0.5 if name == "rsqrt" else 0.5, operand) if isinstance(operand, Node) else None
+    if name == "pow":
+        base, exponent = d.binary(node)
+        if isinstance(base, Node) and d.constant(exponent) in (0.5, -0.5):
+            return (float(exponent), base)
+    return None
+
+
+def square_of(view: View, node: Any) -> Node | None:
+    """x where the node is x²."""
+    node = through_casts(node)
+    if not isinstance(node, Node) or not node.op.startswith("call"):
+        return None
+    name = d.name(node)
+    if name == "square":
+        found = d.unary(node)
+    elif name == "pow":
+        found, exponent = d.binary(node)
+        if d.constant(exponent) != 2.0:
+            return None
+    elif name == "mul":
+        found, other = d.binary(node)
+        if not (isinstance(found, Node) and isinstance(other, Node) and view.vn(found) == view.vn(other)):
+            return None
+    else:
+        return None
+    if isinstance(found, Node) and d.name(found) == "abs":
+        return None if d.tensor(d.unary(found)) is None else found
+    return found if isinstance(found, Node) and d.tensor(found) is not None else None
+
+
+def through_casts(node: Any) -> Any:
+    while isinstance(node, Node) and node.op.startswith("call") and d.name(node) == "cast":
+        node = node.args[0]
+    return node
+
+
+@dataclass(frozen=True)
+class MeanSquare:
+    """`c · mean(x², last dims)`; `dims` counts the normalised trailing dimensions."""
+
+    x: Node
+    dims: int
+    coefficient: float
+    nodes: tuple[Node, ...]
+
+
+class NotLast(Exception):
+    """The statistic does not run over the last dimensions; the message says over which."""
+
+
+def mean_square_of(view: View, node: Node) -> MeanSquare | None:
+    """Recognise a mean (or sum, or squared norm) of squares over the last dimensions."""
+    passed: list[Node] = []
+    node = _through_layout(node, passed)
+    name = d.name(node) if node.op.startswith("call") else ""
+    if name == "pow" and d.constant(d.binary(node)[1]) == 2.0 or name == "square":
+        inner = through_casts(d.binary(node)[0] if name == "pow" else d.unary(node))
+        if isinstance(inner, Node) and inner.op.startswith("call") and d.name(inner) == "norm":
+            found = norm_of(view, inner)
+            return None if found is None else MeanSquare(found.x, found.dims, found.coefficient,
+                                                         (node, *found.nodes, *passed))  # fmt: skip
+        return None
+    if name not in ("mean", "sum"):
+        return None
+    x = square_of(view, d.unary(node))
+    if x is None:
+        return None
+    shape = d.tensor(d.unary(node)).shape  # type: ignore[union-attr]
+    dims = trailing_dims(node, shape, d.operand(node, 1, "dim"))
+    coefficient = 1.0
+    if name == "sum":
+        width = 1
+        for size in shape[len(shape) - dims :]:
+            if not isinstance(size, int):
+                return None
+            width *= size
+        coefficient = float(width)
+    square = _chain(d.unary(node))
+    return MeanSquare(x, dims, coefficient, (node, *square, *passed))
+
+
+def norm_of(view: View, node: Node) -> MeanSquare | None:
+    """‖x‖₂ over the last dimension: the square root of D · mean(x²)."""
+    order = d.operand(node, 1, "ord", node.kwargs.get("p", 2))
+    if d.constant(order) != 2.0 and order not in (None, "fro"):
+        return None
+    x = d.unary(node)
+    found = d.tensor(x)
+    if found is None or not isinstance(x, Node):
+        return None
+    dims = trailing_dims(node, found.shape, d.operand(node, 2, "dim"))
+    width = found.shape[-1]
+    if dims != 1 or not isinstance(width, int):
+        return None
+    return MeanSquare(x, 1, float(width), (node,))
+
+
+def _chain(node: Any) -> list[Node]:
+    """The square and the casts above it."""
+    found = []
+    while isinstance(node, Node) and node.op.startswith("call"):
+        found.append(node)
+        if d.name(node) != "cast":
+            break
+        node = node.args[0]
+    return found
+
+
+def _through_layout(node: Node, passed: list[Node]) -> Node:
+    """A statistic is kept per row: unsqueeze, view or expand of it changes nothing that matters here."""
+    while node.op.startswith("call") and d.name(node) in ("cast", "unsqueeze", "view", "reshape", "expand", "getitem"):
+        operand = node.args[0]
+        if not isinstance(operand, Node) or d.tensor(operand) is None:
+            break
+        passed.append(node)
+        node = operand
+    return node
+
+
+def trailing_dims(node: Node, shape: torch.Size, dim: Any) -> int:
+    """How many trailing dimensions a reduction runs over; `NotLast` where it is another set."""
+    rank = len(shape)
+    if dim is None:
+        listed = list(range(rank))
+    else:
+        listed = [dim] if isinstance(dim, int) else list(dim)
+    wanted = sorted(x % rank for x in listed)
+    if wanted != list(range(rank - len(wanted), rank)):
+        raise NotLast(f"{d.name(node)} over dim {dim if dim is not None else 'all'} of rank {rank}")
+    return len(wanted)
+
+
+def per_feature(node: Any, x: torch.Tensor, dims: int) -> bool:
+    """The value broadcasts over rows: its shape is that of the last `dims` dimensions, after leading ones."""
+    found = d.tensor(node)
+    if found is None or not found.is_floating_point():
+        return False
+    shape = list(found.shape)
+    while len(shape) > dims and is_one(shape[0]):
+        shape = shape[1:]
+    wanted = list(x.shape)[len(x.shape) - dims :]
+    return len(shape) == dims and all(same_size(a, b) for a, b in zip(shape, wanted, strict=True))
+
+
+def between(view: View, output: Node, inputs: Iterable[Node], allowed: Callable[[Node], bool]) -> tuple[Node, ...] | Node:
+    """The nodes between inputs and output in graph order, or the first node that is not allowed there."""
+    stop = set(inputs)
+    seen: set[Node] = set()
+    stack = [output]
+    while stack:
+        node = stack.pop()
+        if node in seen or node in stop:
+            continue
+        if not allowed(node):
+            return node
+        seen.add(node)
+        stack += [n for n in node.all_input_nodes if n not in stop]
+    return tuple(sorted(seen, key=view.position.__getitem__))

@@ -1,0 +1,97 @@
+"""The way of a graph: capture → recognise → prove → lower → hand off. This file shows nothing else."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch.fx import GraphModule
+
+
+from npu_fuse.announce import announce
+from npu_fuse.capture import graphs_of
+from npu_fuse.handoff import hand_off, handoff_name
+from npu_fuse.options import Options
+from npu_fuse.passes import RULES
+from npu_fuse.proof_cache import disk_cache
+from npu_fuse.report import GraphReport, SiteReport, drop, keep
+from npu_fuse import shadow, steps
+from npu_fuse.targets import Target, target_of
+from npu_fuse.view import view_of
+
+logger = logging.getLogger("npu_fuse")
+_ids = itertools.count()
+
+
+def backend(
+    gm: GraphModule, example_inputs: Sequence[Any], *,
+    options: Mapping[str, Any] | Options | None = None, mode: str | None = None, **_: Any,
+) -> Any:  # fmt: skip
+    """The `torch.compile` backend "npu_fuse".
+
+    Raises `OptionError` and `TargetError` for what the user asked for, `StrictError` where `strict` asks for it.
+    Every fault of npu_fuse itself leaves the graph as it was and is reported.
+    """
+    chosen = Options.make(options, mode)
+    target = target_of(chosen)
+    training = is_training(example_inputs)
+    original = shadow.copy_of(gm, chosen)
+    report = plan(gm, example_inputs, chosen, training, target)
+    keep(report)
+    try:
+        announce(report, chosen)
+        compiled = hand_off(gm, example_inputs, chosen, target, training)
+    except BaseException:
+        drop(report)  # Dynamo traces again (a symbolic epsilon), or the user sees the exception
+        raise
+    return shadow.beside(compiled, original, chosen)
+
+
+def plan(
+    gm: GraphModule, example_inputs: Sequence[Any], options: Options, training: bool, target: Target | None = None
+) -> GraphReport:
+    """Recognise, prove and lower in place; hand nothing off."""
+    target = target if target is not None else target_of(options)
+    nodes = 0
+    sites: list[SiteReport] = []
+    errors: list[str] = []
+    seconds = dict.fromkeys(("recognise", "prove", "lower"), 0.0)
+    for module in graphs_of(gm):
+        clock = time.perf_counter()
+        try:
+            nodes += len(module.graph.nodes)
+            view = view_of(module.graph)
+            found = steps.recognise(view, RULES, options, training)
+            clock = _spent(seconds, "recognise", clock)
+            steps.prove(found, RULES, options, target, disk_cache(options))
+            clock = _spent(seconds, "prove", clock)
+            steps.put_in(module, view, found, target)
+            _spent(seconds, "lower", clock)
+            sites += steps.site_reports(found)
+        except Exception as fault:
+            logger.debug("npu_fuse left a graph alone", exc_info=True)
+            errors.append(f"{type(fault).__name__}: {fault}")
+    return GraphReport(
+        next(_ids), training, target.name, handoff_name(options, target, training), nodes, tuple(sites), seconds,
+        dynamic=_is_dynamic(example_inputs), errors=tuple(errors),
+    )  # fmt: skip
+
+
+def is_training(example_inputs: Sequence[Any]) -> bool:
+    return torch.is_grad_enabled() and any(
+        isinstance(x, torch.Tensor) and x.requires_grad for x in example_inputs
+    )
+
+
+def _spent(seconds: dict[str, float], step: str, since: float) -> float:
+    now = time.perf_counter()
+    seconds[step] += now - since
+    return now
+
+
+def _is_dynamic(example_inputs: Sequence[Any]) -> bool:
+    return any(isinstance(x, torch.SymInt) for x in example_inputs)

@@ -1,0 +1,148 @@
+"""Write the fused computation once; run it on tensors (the proof) or as graph nodes (lowering).
+
+What is proved is what is emitted: a form is one function of an `Emitter`.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Hashable, Sequence
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+from torch.fx import Graph, Node
+
+from npu_fuse import dialect as d
+from npu_fuse import ops
+
+if TYPE_CHECKING:
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+
+class Emitter(Protocol):
+    """What a form may do."""
+
+    def call(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Any torch function."""
+
+    def fused(self, name: str, *args: Any, **kwargs: Any) -> Any:
+        """The target's op of that name."""
+
+    def cast(self, value: Any, dtype: torch.dtype) -> Any:
+        """A rounding mark: lifted to float64 in the proof of equal functions."""
+
+    def shared(self, key: Hashable, values: Sequence[Any], build: Callable[..., Any]) -> Any:
+        """`build(*values)`, once per graph for the same key and values (tables of cos and sin)."""
+
+    def filled(self, shape: Sequence[int], fill: float, like: Any, dtype: torch.dtype) -> Any:
+        """A constant tensor on the device of `like`, made once per graph."""
+
+
+class RunEmitter:
+    """Runs a form on tensors with the reference ops. `lifted` computes everything in float64."""
+
+    def __init__(self, lifted: bool = False) -> None:
+        self.lifted = lifted
+
+    def call(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        return function(*args, **kwargs)
+
+    def fused(self, name: str, *args: Any, **kwargs: Any) -> Any:
+        return ops.op(name)(*args, **kwargs)
+
+    def cast(self, value: Any, dtype: torch.dtype) -> Any:
+        return value.to(torch.float64 if self.lifted else dtype)
+
+    def shared(self, key: Hashable, values: Sequence[Any], build: Callable[..., Any]) -> Any:
+        return build(*values)
+
+    def filled(self, shape: Sequence[int], fill: float, like: Any, dtype: torch.dtype) -> Any:
+        return torch.full(tuple(shape), fill, device=like.device, dtype=torch.float64 if self.lifted else dtype)
+
+
+class GraphEmitter:
+    """Writes a form as nodes of the graph, behind `after`; shared values right behind what they need."""
+
+    def __init__(
+        self, graph: Graph, resolve: Callable[[str], Any], fake_mode: FakeTensorMode | None, memo: dict[Hashable, Node]
+    ) -> None:
+        self.graph = graph
+        self.resolve = resolve
+        self.fake_mode = fake_mode
+        self.memo = memo
+        self.origin: Node | None = None
+        self.made: list[Node] = []
+
+    def begin(self, origin: Node) -> None:
+        """The nodes made from now on stand for `origin` (its source line, its module)."""
+        self.origin = origin
+        self.made = []
+
+    def call(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        node = self.graph.call_function(function, args, kwargs)
+        self.made.append(node)
+        if self.origin is not None:
+            for key in ("stack_trace", "nn_module_stack", "source_fn_stack"):
+                if key in self.origin.meta:
+                    node.meta[key] = self.origin.meta[key]
+        node.meta["npu_fuse"] = True
+        self._fake(node, function, args, kwargs)
+        return node
+
+    def _fake(self, node: Node, function: Callable[..., Any], args: Any, kwargs: Any) -> None:
+        if self.fake_mode is None:
+            return
+        values = torch.fx.node.map_arg(args, lambda n: d.value(n))
+        named = torch.fx.node.map_arg(kwargs, lambda n: d.value(n))
+        with self.fake_mode, torch.no_grad():
+            node.meta["example_value"] = function(*values, **named)
+
+    def fused(self, name: str, *args: Any, **kwargs: Any) -> Any:
+        return self.call(self.resolve(name), *args, **kwargs)
+
+    def cast(self, value: Any, dtype: torch.dtype) -> Any:
+        found = d.tensor(value)
+        if found is not None and found.dtype == dtype:
+            return value
+        return self.call(torch.Tensor.to, value, dtype)
+
+    def shared(self, key: Hashable, values: Sequence[Any], build: Callable[..., Any]) -> Any:
+        full_key = (key, tuple(values))
+        if full_key not in self.memo:
+            latest = _latest([v for v in values if isinstance(v, Node)])
+            if latest is None:
+                self.memo[full_key] = build(*values)
+            else:
+                latest = _past_placeholders(latest)
+                with self.graph.inserting_before(latest.next):
+                    self.memo[full_key] = build(*values)
+        return self.memo[full_key]
+
+    def filled(self, shape: Sequence[int], fill: float, like: Any, dtype: torch.dtype) -> Any:
+        found = d.tensor(like)
+        device = found.device if found is not None else torch.device("cpu")
+        key = ("filled", tuple(shape), fill, str(device), dtype)
+        if key not in self.memo:
+            first = next(n for n in self.graph.nodes if n.op != "placeholder")
+            with self.graph.inserting_before(first):
+                self.memo[key] = self.call(torch.full, tuple(shape), fill, dtype=dtype, device=device)
+        return self.memo[key]
+
+
+def _latest(nodes: Sequence[Node]) -> Node | None:
+    latest: Node | None = None
+    for node in nodes:
+        if latest is None or latest < node:
+            latest = node
+    return latest
+
+
+def _past_placeholders(node: Node) -> Node:
+    while node.op == "placeholder" and node.next.op == "placeholder":
+        node = node.next
+    return node
+
+
+def item(emitter: Emitter, value: Any, index: int) -> Any:
+    """One of several results of a call."""
+    return emitter.call(operator.getitem, value, index)

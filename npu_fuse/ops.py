@@ -1,0 +1,53 @@
+"""Define reference ops: torch_npu's names and schemas in the namespace `npu_fuse`, in plain torch.
+
+One kind of op serves every hand-off: a library op with a composite body, a fake kernel and its own
+backward. It stays a call where the hand-off wants one, and is expanded by `decompositions()` where
+the hand-off generates code (Inductor).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+NAMESPACE = "npu_fuse"
+_library = torch.library.Library(NAMESPACE, "DEF")
+_bodies: dict[str, Callable[..., Any]] = {}
+
+
+def define(schema: str, body: Callable[..., Any]) -> None:
+    """Register `schema` (name and arguments) with `body` as kernel on every device and as fake kernel.
+
+    The body must return what it promises on fake tensors: the same shapes, dtypes and strides.
+    """
+    _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+    name = schema.split("(")[0]
+    _library.impl(name, body, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"{NAMESPACE}::{name}", body, lib=_library)
+    _bodies[name] = body
+
+
+def differentiable(
+    name: str, backward: Callable[..., Any], setup_context: Callable[..., None]
+) -> None:
+    """Give an op its own backward. It is made of ops of this namespace, so that it can be run again."""
+    torch.library.register_autograd(
+        f"{NAMESPACE}::{name}", backward, setup_context=setup_context, lib=_library
+    )
+
+
+def op(name: str) -> Any:
+    """`torch.ops.npu_fuse.<name>.default`."""
+    return getattr(getattr(torch.ops, NAMESPACE), name).default
+
+
+def decompositions() -> dict[Any, Callable[..., Any]]:
+    """Every op of the namespace and its body: what `compile_fx(..., decompositions=...)` takes."""
+    return {op(name): body for name, body in _bodies.items()}
+
+
+def compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Fused kernels compute in float32; the proof runs them in float64."""
+    return torch.float64 if dtype == torch.float64 else torch.float32

@@ -1,0 +1,74 @@
+"""Each distinct rewrite is proved once: a structure's key, and verdicts kept by it."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Hashable
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch.fx import Node
+
+from npu_fuse import dialect as d
+from npu_fuse.prove import Verdict, prove
+from npu_fuse.sites import Form, Site
+
+_verdicts: dict[str, Verdict] = {}
+
+
+def verdict_on(site: Site, form: Form, numerics: str, always: bool, disk: Any = None) -> Verdict:
+    """The verdict kept for this structure, or a new proof."""
+    key = structure_key(site, form, numerics)
+    if not always:
+        found = _verdicts.get(key)
+        if found is None and disk is not None:
+            found = disk.load(key)
+        if found is not None:
+            _verdicts[key] = found
+            return replace(found, facts=replace(found.facts, cached=True))
+    verdict = prove(site, form, numerics)
+    _verdicts[key] = verdict
+    if disk is not None:
+        disk.store(key, verdict)
+    return verdict
+
+
+def forget_verdicts() -> None:
+    """Prove everything anew (for tests and measurements)."""
+    _verdicts.clear()
+
+
+def structure_key(site: Site, form: Form, numerics: str) -> str:
+    """Equal for sites that compute the same on tensors of the same shapes and dtypes."""
+    names: dict[Node, int] = {n: i for i, n in enumerate(site.inputs)}
+    parts: list[Any] = [torch.__version__, site.op, form.name, str(form.key), numerics, str(site.facts.get("kept"))]
+    parts += [_described(n) for n in site.inputs]
+    for node in site.nodes:
+        names[node] = len(names)
+        parts.append((_target(node), _encode(node.args, names), _encode(node.kwargs, names), _described(node)))
+    parts += [names.get(n) for n in (site.output, *site.extra_outputs)]
+    return hashlib.sha256(repr(parts).encode()).hexdigest()
+
+
+def _target(node: Node) -> str:
+    return f"{node.op}:{d.raw_name(node)}:{getattr(node.target, '__module__', '')}"
+
+
+def _described(node: Node) -> Hashable:
+    found = d.tensor(node)
+    if found is None:
+        return type(d.value(node)).__name__
+    return (str(found.dtype), tuple(str(s) for s in found.shape), found.requires_grad)
+
+
+def _encode(arg: Any, names: dict[Node, int]) -> Any:
+    if isinstance(arg, Node):
+        return f"%{names[arg]}" if arg in names else f"outer:{d.value(arg)}"
+    if isinstance(arg, (tuple, list)):
+        return [_encode(a, names) for a in arg]
+    if isinstance(arg, dict):
+        return [(k, _encode(v, names)) for k, v in sorted(arg.items())]
+    if isinstance(arg, slice):
+        return ["slice", _encode(arg.start, names), _encode(arg.stop, names), _encode(arg.step, names)]
+    return str(arg)

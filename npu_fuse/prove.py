@@ -1,0 +1,398 @@
+"""Prove a rewrite: run the replaced nodes and the fused form side by side on seeded probes.
+
+Translation validation, three obligations (all must hold on every probe):
+
+1. same function: with every cast lifted to float64, values and vector-Jacobian products agree to 1e-9;
+2. no less accurate: in the graph's own dtypes the fused form's error against float64 is at most that of
+   the code it replaces, in ulps of each row's largest magnitude;
+3. same interface: shape and dtype.
+
+Structure decides and probes confirm: a proof is a test on chosen inputs, not a theorem. Limits count
+elements, never seconds, so that every rank decides alike.
+"""
+
+from __future__ import annotations
+
+import operator
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch.fx import Node
+
+from npu_fuse import dialect as d
+from npu_fuse.emit import RunEmitter
+from npu_fuse.replay import CannotShrink, Sizes, choose_sizes, replay
+from npu_fuse.report import ProofFacts
+from npu_fuse.sites import Form, Site
+
+MAX_ELEMENTS = 1 << 20
+"""Largest probe tensor: 8 MB in float64."""
+FLOAT64_TOLERANCE = 1e-9
+SEED = 20251125
+
+
+@dataclass(frozen=True)
+class Probe:
+    """Magnitudes of activations and weights, and what is special about the rows."""
+
+    pool: tuple[int, ...]
+    scale: float = 1.0
+    weights: float = 1.0
+    scalar: float = 1e-6
+    special: str = ""
+    judge_accuracy: bool = True
+
+
+PROBES = (
+    Probe((2, 3, 5, 2)),
+    Probe((3, 2, 4, 2), scale=1e-3, scalar=1e-5),
+    Probe((2, 5, 3, 2), scale=1e2, scalar=1e-3),
+    Probe((2, 3, 2, 2), scale=3.0, weights=1e3, scalar=1e-2, judge_accuracy=False),
+    Probe((3, 4, 2, 2), scale=1.0, scalar=0.5, special="strided"),
+    Probe((2, 4, 2, 2), scale=30.0, special="zero_rows"),
+    Probe((2, 4, 3, 2), scale=1.0, weights=1e-2),
+    Probe((2, 3, 2, 2), special="nonfinite", judge_accuracy=False),
+    Probe((2, 3, 2, 2), scale=1e6, judge_accuracy=False),
+)
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Whether a form holds; if not, which obligation failed and by how much."""
+
+    holds: bool
+    reason: str = ""
+    facts: ProofFacts = ProofFacts()
+    form: str = ""
+    notes: tuple[str, ...] = ()
+
+
+def prove(site: Site, form: Form, numerics: str = "fused") -> Verdict:
+    """Run every probe. Raises nothing for a wrong rewrite; the verdict says what failed."""
+    started = time.perf_counter()
+    with _isolated():
+        verdict = _prove(site, form, numerics)
+    return replace(verdict, facts=replace(verdict.facts, seconds=time.perf_counter() - started), form=form.name)
+
+
+class _isolated:
+    """Autocast off, gradients on, the user's random state and default dtype untouched."""
+
+    def __enter__(self) -> None:
+        self._stack = [
+            torch.inference_mode(False),
+            torch.enable_grad(),
+            torch.random.fork_rng(devices=[]),
+            torch.autocast("cpu", enabled=False),
+            torch.utils._python_dispatch._disable_current_modes(),
+        ]
+        self._dtype = torch.get_default_dtype()
+        for context in self._stack:
+            context.__enter__()
+        torch.set_default_dtype(torch.float32)
+
+    def __exit__(self, *exc: Any) -> None:
+        torch.set_default_dtype(self._dtype)
+        for context in reversed(self._stack):
+            context.__exit__(*exc)
+
+
+@dataclass
+class _Errors:
+    """Error statistics over all probes."""
+
+    original: float = 0.0
+    fused: float = 0.0
+    original_sum: float = 0.0
+    fused_sum: float = 0.0
+    same: float = 0.0
+    gradients: float | None = None
+    bit_equal: bool = True
+    overflow_avoided: bool = False
+
+
+class _Fails(Exception):
+    pass
+
+
+def _prove(site: Site, form: Form, numerics: str) -> Verdict:
+    errors = _Errors()
+    done = 0
+    try:
+        for index, probe in enumerate(PROBES):
+            _run_probe(site, form, probe, index, errors)
+            done += 1
+        _judge_accuracy(site, errors, numerics)
+    except _Fails as failure:
+        return Verdict(False, str(failure), _facts(errors, done))
+    except CannotShrink as problem:
+        return Verdict(False, f"no small probe can be made: {problem}", _facts(errors, done))
+    notes = ("the original overflows where the fused form does not",) if errors.overflow_avoided else ()
+    return Verdict(True, "", _facts(errors, done), notes=notes)
+
+
+def _facts(errors: _Errors, probes: int) -> ProofFacts:
+    return ProofFacts(probes, errors.same, errors.gradients, errors.original, errors.fused, errors.bit_equal)
+
+
+def _run_probe(site: Site, form: Form, probe: Probe, index: int, errors: _Errors) -> None:
+    sizes = _sizes(site, probe)
+    generator = torch.Generator().manual_seed(SEED + index)
+    own = _make_inputs(site, probe, sizes, generator)
+    lifted = {n: _lift(v) for n, v in own.items()}
+    name = f"probe {index} (scale {probe.scale:g}{', ' + probe.special if probe.special else ''})"
+
+    gradients = [n for n in site.inputs if _wants_gradient(n)] if _has_gradient(site.output) else []
+    if probe.special == "nonfinite" or probe.scale > 1e5:
+        gradients = []
+    expected, expected_grads = _run(site, form, lifted, sizes, "original", gradients, generator)
+    actual, actual_grads = _run(site, form, lifted, sizes, "fused", gradients, generator)
+    for left, right in zip(expected, actual, strict=True):
+        if left.shape != right.shape:
+            raise _Fails(f"interface: shape {tuple(left.shape)} became {tuple(right.shape)} at {name}")
+        difference = _relative(left, right)
+        errors.same = max(errors.same, difference)
+        if not difference <= FLOAT64_TOLERANCE:
+            raise _Fails(f"same function: values differ by {difference:.3g} in float64 at {name}")
+    for node, left, right in zip(gradients, expected_grads, actual_grads, strict=True):
+        difference = _relative(left, right, only_finite=True)
+        errors.gradients = max(errors.gradients or 0.0, difference)
+        if not difference <= FLOAT64_TOLERANCE * 10:
+            raise _Fails(f"same function: the gradient to {node.name} differs by {difference:.3g} at {name}")
+    with torch.no_grad():
+        before, _ = _run(site, form, own, sizes, "own", [], generator)
+        after, _ = _run(site, form, own, sizes, "fused_own", [], generator)
+    for exact, left, right in zip(expected, before, after, strict=True):
+        if left.dtype != right.dtype:
+            raise _Fails(f"interface: dtype {left.dtype} became {right.dtype}")
+        if not torch.equal(left.nan_to_num(), right.nan_to_num()):
+            errors.bit_equal = False
+        _measure(exact.detach(), left, right, probe, errors)
+
+
+def _sizes(site: Site, probe: Probe) -> Sizes:
+    """Shrink as far as the site's literals allow; large full-size probes are refused."""
+    kept = int(site.facts.get("kept", 1))
+    tensors = [n for n in site.inputs if d.tensor(n) is not None]
+    problem: Exception | None = None
+    for shrink in (True, False):
+        sizes = choose_sizes(tensors, kept, probe.pool, shrink)
+        for node in tensors:
+            elements = torch.Size(sizes.shape(d.tensor(node).shape)).numel()  # type: ignore[union-attr]
+            if elements > MAX_ELEMENTS:
+                raise CannotShrink(f"a probe of {elements} elements is over the limit of {MAX_ELEMENTS}") from problem
+        try:
+            _dry_run(site, sizes)
+            return sizes
+        except (CannotShrink, RuntimeError, IndexError, ValueError) as error:
+            problem = error
+    raise CannotShrink(str(problem))
+
+
+def _dry_run(site: Site, sizes: Sizes) -> None:
+    """On meta tensors: do the rewritten literals fit together?"""
+    env = {}
+    for node in site.inputs:
+        found = d.tensor(node)
+        env[node] = (
+            torch.empty(sizes.shape(found.shape), dtype=found.dtype, device="meta") if found is not None else 1.0
+        )
+    with torch.no_grad():
+        replay(site.nodes, env, sizes, _apply_own)
+
+
+def _make_inputs(site: Site, probe: Probe, sizes: Sizes, generator: torch.Generator) -> dict[Node, Any]:
+    made: dict[Node, Any] = {}
+    shapes = {n: sizes.shape(t.shape) for n in site.inputs if (t := d.tensor(n)) is not None}
+    largest = max((torch.Size(s).numel() for s in shapes.values()), default=0)
+    for node in site.inputs:
+        found = d.tensor(node)
+        if found is None:
+            made[node] = _scalar(node, probe, sizes)
+            continue
+        shape = shapes[node]
+        is_weight = torch.Size(shape).numel() < largest
+        made[node] = _values(shape, found.dtype, probe, is_weight, generator)
+    return made
+
+
+def _scalar(node: Node, probe: Probe, sizes: Sizes) -> Any:
+    found = d.value(node)
+    if isinstance(found, torch.SymInt):
+        return sizes.evaluate(found.node.expr)
+    return probe.scalar if isinstance(found, torch.SymFloat) else found
+
+
+def _values(shape: tuple[int, ...], dtype: torch.dtype, probe: Probe, weight: bool, generator: Any) -> torch.Tensor:
+    scale = probe.weights if weight else probe.scale
+    real = dtype if not dtype.is_complex else torch.float64
+    filled = torch.randn(shape, generator=generator, dtype=torch.float64) * scale
+    if dtype.is_complex:
+        imaginary = torch.randn(shape, generator=generator, dtype=torch.float64) * scale
+        return torch.complex(filled, imaginary).to(dtype)
+    if not weight and len(shape) > 1 and probe.special in ("zero_rows", "nonfinite"):
+        rows = filled.reshape(-1, shape[-1])
+        if probe.special == "zero_rows":
+            rows[0] = 0.0
+        else:
+            rows[0, 0], rows[-1, -1] = float("inf"), float("nan")
+            rows[rows.shape[0] // 2, shape[-1] // 2] = float("-inf")
+        filled = rows.reshape(shape)
+    result = filled.to(real)
+    if probe.special == "strided" and len(shape) > 1:
+        result = result.transpose(0, -1).contiguous().transpose(0, -1)
+    return result
+
+
+def _lift(value: Any) -> Any:
+    if not isinstance(value, torch.Tensor):
+        return value
+    return value.detach().to(torch.complex128 if value.dtype.is_complex else torch.float64).clone()
+
+
+def _has_gradient(node: Node) -> bool:
+    found = d.tensor(node)
+    return found is not None and found.requires_grad
+
+
+def _wants_gradient(node: Node) -> bool:
+    found = d.tensor(node)
+    return found is not None and found.requires_grad and not found.dtype.is_complex
+
+
+def _run(site: Site, form: Form, inputs: Mapping[Node, Any], sizes: Sizes, how: str, gradients: Sequence[Node],
+         generator: torch.Generator) -> tuple[list[torch.Tensor], list[torch.Tensor]]:  # fmt: skip
+    """Values and gradients of one form: original or fused, lifted to float64 or in the graph's dtypes."""
+    leaves = {n: v.detach().clone() if isinstance(v, torch.Tensor) else v for n, v in inputs.items()}
+    if how.endswith("own"):
+        leaves = {n: v.as_strided(v.size(), v.stride()) if isinstance(v, torch.Tensor) else v for n, v in inputs.items()}
+    for node in gradients:
+        leaves[node].requires_grad_()
+    if how in ("original", "own"):
+        # In-place nodes of the site must not write into the probe.
+        copies = any(d.mutates(n) for n in site.nodes)
+        env = {n: v.clone() if copies and isinstance(v, torch.Tensor) else v for n, v in leaves.items()}
+        env = replay(site.nodes, env, sizes, _lifted_apply(copies) if how == "original" else _apply_own)
+        outputs = [env[n] for n in (site.output, *site.extra_outputs)]
+    else:
+        result = form.emit(RunEmitter(lifted=how == "fused"), leaves)
+        outputs = list(result) if site.extra_outputs else [result]
+    if not gradients:
+        return outputs, []
+    state = torch.Generator().manual_seed(SEED)
+    cotangents = [torch.randn(o.shape, generator=state, dtype=o.dtype) for o in outputs]
+    wanted = [leaves[n] for n in gradients]
+    with_grad = [(o, c) for o, c in zip(outputs, cotangents, strict=True) if o.requires_grad]
+    if not with_grad:
+        return outputs, [torch.zeros_like(w) for w in wanted]
+    found = torch.autograd.grad([o for o, _ in with_grad], wanted, [c for _, c in with_grad], allow_unused=True)
+    zeros = [torch.zeros_like(w) if g is None else g for g, w in zip(found, wanted, strict=True)]
+    return outputs, zeros
+
+
+def _lifted_apply(copies: bool) -> Any:
+    def apply(node: Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if d.name(node) == "cast":
+            return args[0].clone() if copies else args[0]
+        kwargs = {k: torch.float64 if _is_float_dtype(v) else v for k, v in kwargs.items()}
+        args = tuple(torch.float64 if _is_float_dtype(a) else a for a in args)
+        return d.function_of(node)(*_frozen_epsilon(node, args, kwargs)[0], **_frozen_epsilon(node, args, kwargs)[1])
+
+    return apply
+
+
+def _is_float_dtype(value: Any) -> bool:
+    return isinstance(value, torch.dtype) and value.is_floating_point
+
+
+def _frozen_epsilon(node: Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """`F.rms_norm(eps=None)` takes the epsilon of its input's dtype: freeze it at the graph's."""
+    if d.name(node) != "rms_norm":
+        return args, kwargs
+    epsilon = d.operand(node, 3, "eps")
+    if epsilon is None:
+        found = d.tensor(node.args[0])
+        epsilon = torch.finfo(found.dtype).eps if found is not None else None
+        return args[:3], {k: v for k, v in kwargs.items() if k != "eps"} | {"eps": epsilon}
+    return args, kwargs
+
+
+def _apply_own(node: Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """In the graph's dtypes. Autocast is explicit: what it made wider was computed wider."""
+    recorded = d.tensor(node)
+    if node.target is operator.setitem or recorded is None:
+        return d.function_of(node)(*args, **kwargs)
+    dtypes = {a.dtype for a in args if isinstance(a, torch.Tensor)}
+    if d.name(node) in d.POINTWISE | d.REDUCTIONS and recorded.dtype.is_floating_point and "dtype" not in kwargs:
+        if dtypes and all(t.is_floating_point and t.itemsize < recorded.dtype.itemsize for t in dtypes):
+            args = tuple(a.to(recorded.dtype) if isinstance(a, torch.Tensor) else a for a in args)
+    result = d.function_of(node)(*args, **kwargs)
+    if isinstance(result, torch.Tensor) and result.dtype != recorded.dtype and not d.mutates(node):
+        result = result.to(recorded.dtype)
+    return result
+
+
+def _relative(expected: torch.Tensor, actual: torch.Tensor, only_finite: bool = False) -> float:
+    """Largest difference over the largest magnitude; infinite where non-finite places or kinds differ."""
+    if expected.dtype.is_complex:
+        expected, actual = torch.view_as_real(expected), torch.view_as_real(actual)
+    expected, actual = expected.detach(), actual.detach().to(expected.dtype)
+    if expected.numel() == 0:
+        return 0.0
+    finite = torch.isfinite(expected)
+    if not only_finite:
+        same_kind = torch.equal(expected.isnan(), actual.isnan()) and torch.equal(
+            expected.nan_to_num(nan=0.0) * expected.isinf(), actual.nan_to_num(nan=0.0) * actual.isinf()
+        )
+        if not same_kind:
+            return float("inf")
+    if not bool(finite.any()):
+        return 0.0
+    left, right = expected[finite], actual[finite]
+    scale = float(left.abs().max())
+    difference = float((left - right).abs().max())
+    if difference == 0.0:
+        return 0.0
+    return difference / scale if scale > 0 else float("inf")
+
+
+def _measure(exact: torch.Tensor, before: torch.Tensor, after: torch.Tensor, probe: Probe, errors: _Errors) -> None:
+    if not before.dtype.is_floating_point or before.dtype == torch.float64:
+        return
+    usable = torch.isfinite(exact) & torch.isfinite(before)
+    if bool((torch.isfinite(before) & ~torch.isfinite(after)).any()):
+        raise _Fails("no less accurate: the fused form overflows where the original does not")
+    errors.overflow_avoided |= bool((~torch.isfinite(before) & torch.isfinite(after)).any())
+    if not probe.judge_accuracy or not bool(usable.any()):
+        return
+    row = exact.abs().nan_to_num(0.0, 0.0, 0.0).amax(-1, keepdim=True) if exact.dim() else exact.abs()
+    info = torch.finfo(before.dtype)
+    ulp = torch.exp2(torch.floor(torch.log2(row.clamp_min(info.smallest_normal)))) * info.eps
+    left = ((before.double() - exact).abs() / ulp)[usable.expand_as(exact)]
+    right = ((after.double() - exact).abs() / ulp)[usable.expand_as(exact)]
+    errors.original = max(errors.original, float(left.max()))
+    errors.fused = max(errors.fused, float(right.max()))
+    errors.original_sum += float(left.mean())
+    errors.fused_sum += float(right.mean())
+
+
+def _judge_accuracy(site: Site, errors: _Errors, numerics: str) -> None:
+    if numerics == "exact" and not errors.bit_equal:
+        raise _Fails("numerics='exact': results are not bit-equal in the graph's dtypes on every probe")
+    found = d.tensor(site.output)
+    if found is None or found.dtype not in (torch.float16, torch.bfloat16, torch.float32):
+        return
+    allowed = 2.0 if found.dtype == torch.float32 else 0.25
+    if errors.fused > errors.original + allowed:
+        raise _Fails(
+            f"no less accurate: largest error {errors.fused:.2f} ulp, the original's is {errors.original:.2f} ulp"
+        )
+    if found.dtype != torch.float32 and errors.fused_sum > 1.1 * errors.original_sum + 0.01:
+        raise _Fails(
+            f"no less accurate: mean error {errors.fused_sum / errors.original_sum:.2f} times the original's"
+            if errors.original_sum
+            else "no less accurate: the original is exact and the fused form is not"
+        )

@@ -1,0 +1,261 @@
+"""Run the nodes of a site again, small: leading dimensions shrunk, literal sizes rewritten to match.
+
+A Dynamo graph carries literal sizes (`view(2, 4096, 32, 128)`). To run a few of its nodes on probes
+that cost milliseconds at any width, each literal is re-derived from the sizes of the operands it is
+applied to. Where that is not possible `CannotShrink` is raised and the caller takes larger probes.
+Feature dimensions (the last `kept` of each input) keep their size.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import sympy
+import torch
+from torch.fx import Node
+
+from npu_fuse import dialect as d
+
+
+class CannotShrink(Exception):
+    """A literal size of the site cannot be derived from the sizes of its operands."""
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """New values for leading sizes: literal ones by value, symbolic ones by symbol."""
+
+    literal: Mapping[int, int] = field(default_factory=dict)
+    symbols: Mapping[sympy.Symbol, int] = field(default_factory=dict)
+    kept: int = 1
+
+    def of(self, size: Any, feature: bool = False) -> int:
+        if isinstance(size, torch.SymInt):
+            return self.evaluate(size.node.expr)
+        return int(size) if feature else self.literal.get(int(size), int(size))
+
+    def evaluate(self, expression: Any) -> int:
+        substituted = sympy.sympify(expression).subs(self.symbols)
+        if substituted.free_symbols:
+            raise CannotShrink(f"size {expression} depends on something outside the site")
+        return int(substituted)
+
+    def shape(self, shape: Sequence[Any]) -> tuple[int, ...]:
+        first_feature = len(shape) - self.kept
+        return tuple(self.of(s, feature=i >= first_feature) for i, s in enumerate(shape))
+
+
+def choose_sizes(inputs: Sequence[Node], kept: int, pool: Sequence[int], shrink: bool = True) -> Sizes:
+    """Small sizes for every leading dimension of the inputs, taken from `pool` in order."""
+    literal: dict[int, int] = {}
+    symbols: dict[sympy.Symbol, int] = {}
+    fresh = iter(pool)
+    for node in inputs:
+        found = d.tensor(node)
+        shape = found.shape if found is not None else ()
+        for i, size in enumerate(shape):
+            if isinstance(size, torch.SymInt):
+                for symbol in sorted(size.node.expr.free_symbols, key=str):
+                    if symbol not in symbols:
+                        symbols[symbol] = next(fresh, 2)
+            elif shrink and i < len(shape) - kept and size > 1 and size not in literal:
+                literal[size] = min(next(fresh, 2), size)
+    return Sizes(literal, symbols, kept)
+
+
+Apply = Callable[[Node, tuple[Any, ...], dict[str, Any]], Any]
+
+
+def replay(nodes: Sequence[Node], env: dict[Node, Any], sizes: Sizes, apply: Apply) -> dict[Node, Any]:
+    """Compute `nodes` in order from the values in `env`, by `apply(node, args, kwargs)`."""
+    for node in nodes:
+        args, kwargs = resized(node, env, sizes)
+        env[node] = apply(node, args, kwargs)
+    return env
+
+
+def resized(node: Node, env: Mapping[Node, Any], sizes: Sizes) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The node's arguments with values from `env` and literal sizes made to fit them."""
+
+    def look_up(arg: Any) -> Any:
+        if isinstance(arg, Node):
+            if arg in env:
+                return env[arg]
+            found = d.value(arg)
+            if isinstance(found, torch.SymInt):
+                return sizes.evaluate(found.node.expr)
+            if isinstance(found, (int, float)):
+                return found
+            if isinstance(found, torch.Size):
+                return torch.Size(sizes.shape(found))
+            raise CannotShrink(f"operand {arg} lies outside the site")
+        if isinstance(arg, tuple) and type(arg) is not tuple:
+            return type(arg)(look_up(a) for a in arg)
+        if isinstance(arg, (tuple, list)):
+            return type(arg)(look_up(a) for a in arg)
+        if isinstance(arg, slice):
+            return slice(look_up(arg.start), look_up(arg.stop), look_up(arg.step))
+        if isinstance(arg, torch.SymInt):
+            return sizes.evaluate(arg.node.expr)
+        return arg
+
+    args = tuple(look_up(a) for a in node.args)
+    kwargs = {k: look_up(v) for k, v in node.kwargs.items()}
+    fix = _FIXES.get(d.name(node))
+    if fix is None:
+        return args, kwargs
+    source, result = d.tensor(node.args[0]) if node.args else None, d.tensor(node)
+    if source is None or not isinstance(args[0], (torch.Tensor, _HasShape)):
+        return args, kwargs
+    return fix(args, kwargs, source, result, sizes)
+
+
+class _HasShape:
+    """Values that stand for tensors (the index tracer's) share this base."""
+
+    shape: tuple[int, ...]
+
+
+def _unchanged(old: Sequence[Any], new: Sequence[int]) -> bool:
+    return all(isinstance(o, int) and o == n for o, n in zip(old, new, strict=True))
+
+
+def _view(args: Any, kwargs: Any, source: Any, result: Any, sizes: Sizes) -> Any:
+    old_in, new_in = list(source.shape), list(args[0].shape)
+    if result is None or _unchanged(old_in, new_in) or len(args) > 1 and isinstance(args[1], torch.dtype):
+        return args, kwargs
+    return (args[0], regroup(old_in, new_in, list(result.shape), sizes)), {}
+
+
+def regroup(old_in: list[Any], new_in: list[int], old_out: list[Any], sizes: Sizes) -> tuple[int, ...]:
+    """The output shape of a reshape on `new_in` that does what `old_in -> old_out` does."""
+    old_in_n, old_out_n = [_concrete(s) for s in old_in], [_concrete(s) for s in old_out]
+    new_out = [1] * len(old_out)
+    ins = [i for i, s in enumerate(old_in_n) if s != 1]
+    outs = [i for i, s in enumerate(old_out_n) if s != 1]
+    a = b = 0
+    while a < len(ins) or b < len(outs):
+        left, right = [], []
+        product_in = product_out = 1
+        while not left or not right or product_in != product_out:
+            if (product_in <= product_out and a < len(ins)) or b >= len(outs):
+                if a >= len(ins):
+                    raise CannotShrink(f"reshape {old_in} to {old_out}")
+                left.append(ins[a])
+                product_in *= old_in_n[ins[a]]
+                a += 1
+            else:
+                right.append(outs[b])
+                product_out *= old_out_n[outs[b]]
+                b += 1
+        total = math.prod(new_in[i] for i in left)
+        if len(right) == 1:
+            new_out[right[0]] = total
+        elif all(new_in[i] == old_in_n[i] for i in left):
+            for j in right:
+                new_out[j] = old_out_n[j]
+        else:
+            _split_group(left, right, old_in_n, new_in, old_out, new_out, total, sizes)
+    return tuple(new_out)
+
+
+def _split_group(left: list[int], right: list[int], old_in: list[int], new_in: list[int], old_out: list[Any],
+                 new_out: list[int], total: int, sizes: Sizes) -> None:  # fmt: skip
+    """[B*S] -> [B, S], or [S, H*D] -> [S*H, D]: take the known sizes and check the product."""
+    last = right[-1]
+    feature = left[-1] == len(old_in) - 1 and new_in[left[-1]] == old_in[left[-1]]
+    for j in right:
+        keep = j == last and feature and last == len(old_out) - 1
+        new_out[j] = _concrete(old_out[j]) if keep else sizes.of(old_out[j])
+    if math.prod(new_out[j] for j in right) != total:
+        rest = math.prod(new_out[j] for j in right[1:])
+        if total % rest:
+            raise CannotShrink("a split of a shrunk dimension")
+        new_out[right[0]] = total // rest
+
+
+def _concrete(size: Any) -> int:
+    if isinstance(size, int):
+        return size
+    hint = size.node.hint
+    if hint is None:
+        raise CannotShrink("an unbacked size")
+    return int(hint)
+
+
+def _expand(args: Any, kwargs: Any, source: Any, result: Any, sizes: Sizes) -> Any:
+    if result is None:
+        return args, kwargs
+    old_in, new_in = [None] * (result.dim() - source.dim()) + list(source.shape), list(args[0].shape)
+    new_in = [1] * (result.dim() - len(new_in)) + new_in
+    shape = []
+    for i, (old, new, out) in enumerate(zip(old_in, new_in, result.shape, strict=True)):
+        widened = old is None or (isinstance(old, int) and old == 1 and not (isinstance(out, int) and out == 1))
+        feature = i >= result.dim() - sizes.kept
+        shape.append(sizes.of(out, feature) if widened else new)
+    return (args[0], tuple(shape)), {}
+
+
+def _index(args: Any, kwargs: Any, source: Any, result: Any, sizes: Sizes) -> Any:
+    """`x[...]`: a slice of a shrunk dimension must cover it."""
+    index = args[1]
+    items = list(index) if isinstance(index, tuple) else [index]
+    consumed = sum(1 for i in items if i is not None and i is not Ellipsis)
+    dim = 0
+    fixed = []
+    for item in items:
+        if item is Ellipsis:
+            dim = source.dim() - (consumed - _consumed_before(items, item))
+            fixed.append(item)
+        elif item is None:
+            fixed.append(item)
+        else:
+            fixed.append(_cover(item, source.shape[dim], args[0].shape[dim]))
+            dim += 1
+    return (args[0], tuple(fixed) if isinstance(index, tuple) else fixed[0]), kwargs
+
+
+def _consumed_before(items: list[Any], marker: Any) -> int:
+    count = 0
+    for item in items:
+        if item is marker:
+            return count
+        count += item is not None
+    return count
+
+
+def _cover(item: Any, old: Any, new: int) -> Any:
+    if isinstance(old, torch.SymInt) or old == new:
+        return item
+    if isinstance(item, slice) and item.step in (None, 1) and item.start in (None, 0):
+        if item.stop is None or item.stop >= old:
+            return slice(None)
+    raise CannotShrink("an index into a shrunk dimension")
+
+
+def _splitting(args: Any, kwargs: Any, source: Any, result: Any, sizes: Sizes) -> Any:
+    dim = args[2] if len(args) > 2 else kwargs.get("dim", 0)
+    old, new = source.shape[dim], args[0].shape[dim]
+    if not isinstance(old, torch.SymInt) and old != new:
+        raise CannotShrink("a split along a shrunk dimension")
+    return args, kwargs
+
+
+def _selecting(args: Any, kwargs: Any, source: Any, result: Any, sizes: Sizes) -> Any:
+    dim = args[1] if len(args) > 1 else kwargs.get("dim", 0)
+    old, new = source.shape[dim], args[0].shape[dim]
+    if isinstance(old, torch.SymInt) or old == new:
+        return args, kwargs
+    if len(args) > 3 and args[2] in (0, None) and isinstance(args[3], int) and args[3] >= old:
+        return (args[0], dim), kwargs
+    raise CannotShrink("a selection along a shrunk dimension")
+
+
+_FIXES: dict[str, Callable[..., Any]] = {
+    "view": _view, "reshape": _view, "expand": _expand, "broadcast_to": _expand, "getitem": _index,
+    "chunk": _splitting, "split": _splitting, "unsafe_split": _splitting, "unsafe_chunk": _splitting,
+    "tensor_split": _splitting, "slice": _selecting, "narrow": _selecting, "select": _selecting,
+}  # fmt: skip

@@ -1,0 +1,84 @@
+"""The words between rules, proof and lowering: `Site`, `Form`, `Miss`, `Rule`.
+
+A rule recognises; it never edits the graph. A site says which nodes are replaced, what goes in, and
+in which forms the fused computation may be written; the proof picks the first form that holds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from torch.fx import Node
+
+if TYPE_CHECKING:
+    from npu_fuse.emit import Emitter
+    from npu_fuse.report import Status
+    from npu_fuse.targets import Target
+    from npu_fuse.view import View
+
+Emit = Callable[["Emitter", Mapping[Node, Any]], Any]
+"""Writes the fused computation: called with proxies of the site's inputs, returns the output's."""
+
+
+@dataclass(frozen=True)
+class Form:
+    """One way to write a site. `emit` uses no literal size but those of the feature dimensions."""
+
+    name: str
+    emit: Emit
+    key: tuple[Any, ...] = ()
+    """What `emit` depends on besides the inputs: part of the proof's key."""
+
+
+@dataclass(frozen=True)
+class Site:
+    """A computation that a fused op can replace.
+
+    `inputs` are the values that go in, in order; `nodes` every node between them and `output`
+    (itself included), in the order of the graph.
+    """
+
+    op: str
+    output: Node
+    inputs: tuple[Node, ...]
+    nodes: tuple[Node, ...]
+    forms: tuple[Form, ...]
+    anchor: Node
+    params: Mapping[str, str] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+    extra_outputs: tuple[Node, ...] = ()
+    """Further nodes that the fused op computes too (the sum of add + RMSNorm); `emit` returns a tuple."""
+    facts: Mapping[str, Any] = field(default_factory=dict)
+    """What targets ask: dtype, gamma, operands that have to be concatenated…"""
+
+
+@dataclass(frozen=True)
+class Miss:
+    """A candidate whose spine matched and that is no site. `reason` is a fact about the graph."""
+
+    op: str
+    anchor: Node
+    code: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """A limit of the target that a form of a site breaks, with its source in the reason."""
+
+    status: Status
+    code: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Rule:
+    """One fused op: its name, how to find it, and what targets cannot run."""
+
+    name: str
+    recognise: Callable[[View], list[Site | Miss]]
+    limits: Callable[[Site, Form, Target], Refusal | None] | None = None
+    training: bool = True
+    """False where the fused op has no backward: the site is then left to the rules it composes."""

@@ -1,0 +1,77 @@
+"""What stops every rewrite, whatever the rule: writes, scopes, devices, tensor subclasses."""
+
+from __future__ import annotations
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.fx import Node
+
+from npu_fuse import dialect as d
+from npu_fuse.sites import Site
+from npu_fuse.view import View
+
+PLAIN = (FakeTensor, torch.Tensor, torch.nn.Parameter)
+
+
+def obstacle(view: View, site: Site) -> tuple[str, str] | None:
+    """The reason code and the fact that forbid replacing the site, or None."""
+    return _values(view, site) or _scopes(view, site) or _writes(view, site)
+
+
+def _values(view: View, site: Site) -> tuple[str, str] | None:
+    devices = set()
+    for node in (*site.inputs, *site.nodes):
+        found = d.tensor(node)
+        if found is None:
+            continue
+        if type(found) not in PLAIN:
+            return "tensor.subclass", f"{node.name} is a {type(found).__name__}"
+        if found.layout != torch.strided or found.is_quantized or found.is_nested:
+            return "tensor.layout", f"{node.name} is no dense tensor ({found.layout})"
+        if any(isinstance(s, int) and s == 0 for s in found.shape):
+            return "tensor.empty", f"{node.name} is empty: shape {tuple(found.shape)}"
+        if found.dim() > 0:
+            devices.add(found.device)
+    if len(devices) > 1:
+        return "tensor.device", f"the site spans {', '.join(sorted(map(str, devices)))}"
+    if devices and next(iter(devices)).type == "meta":
+        return "tensor.meta", "the tensors hold no values (device meta)"
+    return None
+
+
+def _scopes(view: View, site: Site) -> tuple[str, str] | None:
+    if any(n in view.in_functorch for n in site.nodes):
+        return "scope.functorch", "inside a functorch transform (vmap, grad)"
+    if len({view.scope[n] for n in site.nodes}) > 1:
+        return "scope.change", "grad mode or autocast changes inside the site"
+    return None
+
+
+def _writes(view: View, site: Site) -> tuple[str, str] | None:
+    """Inputs read the same at the end of the site; what the site writes nobody else sees."""
+    if not view.mutations:
+        return None
+    region = set(site.nodes)
+    first = view.position[site.nodes[0]]
+    last = max(view.position[n] for n in (*site.nodes, site.output))
+    for node in site.inputs:
+        writes = view.mutations.get(view.storage.get(node, -1), ())
+        if any(first <= w <= last for w in writes):
+            return "write.input", f"{node.name} is written in place before the site ends"
+    for node in site.nodes:
+        writes = view.mutations.get(view.storage.get(node, -1), ())
+        inside = [w for w in writes if view.position[node] < w <= last or view.nodes[w] in region]
+        if not inside:
+            continue
+        if any(view.nodes[w] not in region for w in inside):
+            return "write.inner", f"{node.name} is written in place by code outside the site"
+        for alias in view.aliases.get(view.storage[node], ()):
+            if alias not in region:
+                return "write.alias", f"{alias.name} shares memory that the site writes"
+            if alias is not site.output and any(u not in region for u in alias.users):
+                return "write.alias", f"{alias.name} is read elsewhere after the site wrote it"
+    return None
+
+
+def tensor_inputs(site: Site) -> list[Node]:
+    return [n for n in site.inputs if d.tensor(n) is not None]
