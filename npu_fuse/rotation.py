@@ -1,0 +1,560 @@
+"""Read a rotation off traced elements: which value is turned, by which tables, in which pairing.
+
+A region is what lies between a value and the leaves below it: movement and casts, at most one
+addition, movement, at most one product, movement. Every node in it is accounted for by that shape;
+what the movement does is read off element ids (`trace`), never off names.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch.fx import Node
+
+from npu_fuse import algebra
+from npu_fuse import dialect as d
+from npu_fuse.emit import Emitter
+from npu_fuse.proofs import structure_key
+from npu_fuse.replay import CannotShrink, choose_sizes
+from npu_fuse.sites import Form, Site
+from npu_fuse.trace import BUFFERS, Complex, Tracer, Untraceable, trace
+from npu_fuse.view import View, same_shape
+
+FORWARD = d.MOVEMENT | {"cast"}
+MAX_STEPS, MAX_NODES = 8, 96
+
+
+@dataclass
+class Region:
+    """Nodes between `output` and `leaves`; `products` are the multiplications, with their operands."""
+
+    output: Node
+    nodes: list[Node]
+    leaves: list[Node]
+    products: list[Node]
+    sums: int = 0
+
+
+@dataclass(frozen=True)
+class Table:
+    """How r1 or r2 is made from a node: `part` of a complex value, trailing dims flattened, then arranged.
+
+    `arrange` is "" (full width as it is), "tile" (half width twice), "repeat" (each angle twice), or a
+    tuple of indices along the last dimension. `sign` is +1 or -1, or a tuple of them.
+    """
+
+    node: Node
+    part: str = ""
+    flatten: int = 0
+    arrange: Any = ""
+    sign: Any = 1
+
+    @property
+    def key(self) -> tuple[Any, ...]:
+        return (self.part, self.flatten, self.arrange, self.sign)
+
+
+@dataclass(frozen=True)
+class Turn:
+    """A rotation: its pairing, its width D, its tables; `deinterleave` where x[0::2], x[1::2] come first."""
+
+    mode: str
+    width: int
+    cos: Table
+    sin: Table
+    deinterleave: bool = False
+
+
+def is_anchor(view: View, node: Node) -> bool:
+    """A sum of two products below movement, or a complex product, of floating-point tensors."""
+    name = d.name(node)
+    found = d.tensor(node)
+    if found is None or found.dim() < 1:
+        return False
+    if name == "mul":
+        return found.dtype.is_complex and all(d.tensor(n) is not None for n in node.all_input_nodes)
+    if name == "sum":
+        return found.dtype.is_floating_point and _below(d.unary(node)) is not None and _is_product(_below(d.unary(node)))
+    if name == "addcmul":
+        return found.dtype.is_floating_point and _is_product(_below(node.args[0]))
+    if name not in ("add", "sub", "rsub") or not found.dtype.is_floating_point:
+        return False
+    first, second = d.binary(node)
+    return _is_product(_below(first)) and _is_product(_below(second))
+
+
+def _below(node: Any) -> Any:
+    """Through movement and casts (the first piece of a cat)."""
+    for _ in range(MAX_STEPS):
+        if not isinstance(node, Node) or not node.op.startswith("call"):
+            return node
+        name = d.name(node)
+        if name not in FORWARD and name != "neg":
+            return node
+        below = d.tensors_in(node)
+        if not below:
+            return node
+        node = below[0]
+    return node
+
+
+def _is_product(node: Any) -> bool:
+    if not isinstance(node, Node) or not node.op.startswith("call") or d.name(node) != "mul":
+        return False
+    return sum(d.tensor(n) is not None for n in d.tensors_in(node)) == 2
+
+
+def ways_forward(view: View, anchor: Node) -> Iterator[Node]:
+    """The anchor, then what its users make of it by movement alone, nearest first."""
+    queue, seen = [(anchor, 0)], {anchor}
+    while queue:
+        node, depth = queue.pop(0)
+        yield node
+        if depth == MAX_STEPS:
+            continue
+        for user in node.users:
+            target: Any = user
+            if user.target is operator.setitem and len(user.args) > 2 and user.args[2] is node:
+                target = user.args[0]
+            elif not user.op.startswith("call") or d.name(user) not in FORWARD:
+                continue
+            if isinstance(target, Node) and target not in seen and d.tensor(target) is not None:
+                seen.add(target)
+                queue.append((target, depth + 1))
+
+
+def collect(view: View, output: Node) -> Region | None:
+    """The region above the leaves, or None where it has another shape than a rotation's."""
+    region = Region(output, [], [], [])
+    seen: dict[Node, int] = {}
+
+    def visit(node: Node, level: int) -> bool:
+        """level 0: above the sum, 1: below it, 2: below the product."""
+        if seen.get(node, -1) >= level:
+            return True
+        if len(seen) > MAX_NODES:
+            return False
+        if level < 2 and node in view.outputs and node is not output:
+            return False
+        name = d.name(node) if node.op.startswith("call") else ""
+        found = d.tensor(node)
+        below: list[Node] | None = None
+        next_level = level
+        if node in view.outputs and node is not output:
+            below = None
+        elif name in BUFFERS and view.mutations.get(view.storage.get(node, -1)):
+            below = _written(region, node)
+        elif name in FORWARD or name == "neg" or (name in ("mul", "div") and algebra.constant_factor(node)):
+            below = [n for n in d.tensors_in(node) if not d.symbolic_scalar(n)]
+        elif name in ("add", "sub", "rsub") and level == 0 and _plain(node):
+            region.sums += 1
+            below, next_level = [n for n in d.binary(node) if isinstance(n, Node)], 1
+        elif name == "sum" and level == 0:
+            below, next_level = [d.unary(node)], 1
+        elif name == "addcmul" and level == 0:
+            seen[node] = level
+            region.nodes.append(node)
+            region.products.append(node)
+            return visit(node.args[0], 1) and visit(node.args[1], 2) and visit(node.args[2], 2)
+        elif name == "mul" and level < 2:
+            region.products.append(node)
+            below, next_level = [n for n in d.binary(node) if isinstance(n, Node)], 2
+        if below is None:
+            if level < 2 or found is None or not (found.dtype.is_floating_point or found.dtype.is_complex):
+                return False
+            if node not in region.leaves:
+                region.leaves.append(node)
+            return True
+        first_time = node not in seen
+        seen[node] = level
+        if first_time:
+            region.nodes.append(node)
+        return bool(below) and all(visit(n, next_level) for n in below)
+
+    if not visit(output, 0) or not region.products:
+        return None
+    if any(n in region.leaves for n in region.nodes):
+        return None
+    region.nodes.sort(key=view.position.__getitem__)
+    return region
+
+
+def _plain(node: Node) -> bool:
+    first, second = d.binary(node)
+    return d.tensor(first) is not None and d.tensor(second) is not None
+
+
+def _written(region: Region, buffer: Node) -> list[Node]:
+    """The values that a fresh buffer gets by `buffer[...] = value`."""
+    values = []
+    for user in buffer.users:
+        if user.target is operator.setitem and user.args[0] is buffer and isinstance(user.args[2], Node):
+            region.nodes.append(user)
+            values.append(user.args[2])
+    return values
+
+
+def rotated_values(view: View, region: Region) -> Iterator[Node]:
+    """Values of the output's shape that stand below every product: the nearest to the output first."""
+    wanted = d.tensor(region.output)
+    assert wanted is not None
+    inside = set(region.nodes)
+    common: set[int] | None = None
+    by_number: dict[int, Node] = {}
+    for product in region.products:
+        numbers: set[int] = set()
+        for operand in _factors(product):
+            for node in _cone(operand, inside):
+                by_number.setdefault(view.vn(node), node)
+                numbers.add(view.vn(node))
+        common = numbers if common is None else common & numbers
+    candidates = [by_number[n] for n in common or ()]
+    for node in sorted(candidates, key=view.position.__getitem__, reverse=True):
+        found = d.tensor(node)
+        if found is not None and found.dtype.is_floating_point and found.dim() == wanted.dim():
+            if same_shape(found.shape, wanted.shape) and node is not region.output:
+                yield node
+
+
+def _factors(product: Node) -> list[Node]:
+    operands = product.args[1:3] if d.name(product) == "addcmul" else d.binary(product)
+    return [n for n in operands if isinstance(n, Node)]
+
+
+def _cone(node: Node, inside: set[Node]) -> list[Node]:
+    """The node and everything below it inside the region, its leaves included."""
+    found: list[Node] = []
+    stack = [node]
+    while stack:
+        current = stack.pop()
+        if current in found:
+            continue
+        found.append(current)
+        if current in inside:
+            stack += d.tensors_in(current)
+    return [n for n in found if d.tensor(n) is not None]
+
+
+def turn_of(view: View, region: Region, x: Node) -> Turn | str:
+    """The rotation of x that the region computes; "" where it is none, a fact where it nearly is one."""
+    same = {n for n in (*region.nodes, *region.leaves) if view.vn(n) == view.vn(x)}
+    cut = _above(region, same)
+    others = [n for n in region.leaves if n not in same and _reached(n, cut, region.output)]
+    inputs = (*sorted(same & _operands(cut), key=view.position.__getitem__), *others)
+    if not inputs or len(inputs) == len(others):
+        return ""
+    pseudo = Site("rotary_trace", region.output, inputs, tuple(cut), (), region.output)
+    key = ("turn", structure_key(pseudo, Form("trace", lambda e, env: None), ""), tuple(n in same for n in inputs))
+    order = (*inputs, *cut)
+    if key not in view.memo:
+        view.memo[key] = _indexed(_read(region, cut, inputs, same), order)
+    return _materialised(view.memo[key], order)
+
+
+def _operands(nodes: list[Node]) -> set[Node]:
+    return {n for node in nodes for n in d.tensors_in(node)}
+
+
+def _above(region: Region, same: set[Node]) -> list[Node]:
+    """The region's nodes that are needed when the values in `same` are given."""
+    inside = set(region.nodes)
+    needed: set[Node] = set()
+    stack = [region.output]
+    while stack:
+        node = stack.pop()
+        if node in needed or node in same or node not in inside:
+            continue
+        needed.add(node)
+        stack += d.tensors_in(node)
+        stack += [u for u in node.users if u.target is operator.setitem and u.args[0] is node]
+    return [n for n in region.nodes if n in needed]
+
+
+def _reached(leaf: Node, cut: list[Node], output: Node) -> bool:
+    inside = set(cut)
+    return any(u in inside for u in leaf.users)
+
+
+def _indexed(turn: Turn | str, order: tuple[Node, ...]) -> Any:
+    if isinstance(turn, str):
+        return turn
+    position = {n: i for i, n in enumerate(order)}
+    return turn, position[turn.cos.node], position[turn.sin.node]
+
+
+def _materialised(kept: Any, order: tuple[Node, ...]) -> Turn | str:
+    if isinstance(kept, str):
+        return kept
+    turn, cos, sin = kept
+    return replace(turn, cos=replace(turn.cos, node=order[cos]), sin=replace(turn.sin, node=order[sin]))
+
+
+@dataclass(frozen=True)
+class _Term:
+    """One product of an output element: position in x's row, table element, coefficient."""
+
+    index: int
+    element: int
+    coefficient: float
+
+
+def _read(region: Region, cut: list[Node], inputs: tuple[Node, ...], same: set[Node]) -> Turn | str:
+    tracer = Tracer()
+    wanted = d.tensor(region.output)
+    assert wanted is not None
+    width = wanted.shape[-1]
+    if not isinstance(width, int) or width < 2 or width % 2 or width > 2048:
+        return ""
+    try:
+        sizes = choose_sizes(inputs, 1, (2, 3, 2, 2))
+        shapes = {n: sizes.shape(t.shape) for n in inputs if (t := d.tensor(n)) is not None}
+        x_shape = next(shapes[n] for n in inputs if n in same)
+        x_ids = tracer.leaf(x_shape)
+        env: dict[Node, Any] = {}
+        for node, shape in shapes.items():
+            if node in same:
+                env[node] = x_ids
+            else:
+                complex_value = d.tensor(node).dtype.is_complex  # type: ignore[union-attr]
+                env[node] = tracer.complex_leaf(shape) if complex_value else tracer.leaf(shape)
+        env = trace(cut, env, sizes, tracer)
+    except (Untraceable, CannotShrink, RuntimeError, IndexError, ValueError, TypeError):
+        return ""
+    ids = env[region.output]
+    if not isinstance(ids, torch.Tensor) or ids.shape != x_ids.shape or bool((ids < 0).any()):
+        return ""
+    return _interpret(tracer, ids, width, {n: v for n, v in env.items() if n not in same and v is not None})
+
+
+def _interpret(tracer: Tracer, ids: torch.Tensor, width: int, values: dict[Node, Any]) -> Turn | str:
+    rows = ids.reshape(-1, width).tolist()
+    first: list[tuple[_Term, _Term]] | None = None
+    table_main, table_rot = [], []
+    mode, deinterleave = "", False
+    mains: list[int] = []
+    for number, row in enumerate(rows):
+        terms = [_terms(tracer, tracer.polynomials[i], number, width) for i in row]
+        if any(t is None for t in terms):
+            return ""
+        pairs = [t for t in terms if t is not None]
+        if first is None:
+            first = pairs
+            decided = _pairing(pairs, width)
+            if isinstance(decided, str):
+                return decided
+            mode, deinterleave, mains = decided
+        ordered = [_ordered(p, m) for p, m in zip(pairs, mains, strict=True)]
+        if any(a is None for a in ordered):
+            return "rows are rotated in different pairings"
+        table_main.append([(a[0].element, a[0].coefficient) for a in ordered if a])
+        table_rot.append([(a[1].element, _turned(a[1].coefficient, i, mode, width)) for i, a in enumerate(ordered) if a])
+        if [a[1].index for a in ordered if a] != [_partner(p, first, q) for p, q in zip(mains, ordered, strict=True)]:
+            return "rows are rotated in different pairings"
+    leading = ids.shape[:-1]
+    cos = _table(tracer, table_main, leading, width, values, mode)
+    sin = _table(tracer, table_rot, leading, width, values, mode)
+    if cos is None or sin is None:
+        return "cos or sin is no arrangement of one value's last dimension"
+    return Turn(mode, width, cos, sin, deinterleave)
+
+
+def _partner(main: int, first: list[tuple[_Term, _Term]], pair: Any) -> int:
+    return int(pair[1].index)
+
+
+def _terms(tracer: Tracer, polynomial: Any, row: int, width: int) -> tuple[_Term, _Term] | None:
+    """Exactly two products of one element of x's same row and one table element."""
+    if len(polynomial) != 2:
+        return None
+    made = []
+    for factors, coefficient in polynomial:
+        of_x = [f for f in factors if tracer.leaf_of_element[f] == 0]
+        if len(factors) != 2 or len(of_x) != 1:
+            return None
+        position = tracer.position_in_leaf[of_x[0]]
+        if position // width != row:
+            return None
+        table = factors[0] if factors[1] == of_x[0] else factors[1]
+        made.append(_Term(position % width, table, coefficient))
+    return (made[0], made[1]) if made[0].index != made[1].index else None
+
+
+def _pairing(pairs: list[tuple[_Term, _Term]], width: int) -> tuple[str, bool, list[int]] | str:
+    """The mode, whether x is de-interleaved first, and for each d the index of x that cos multiplies."""
+    half = width // 2
+    even_odd = [*range(0, width, 2), *range(1, width, 2)]
+    for mains, deinterleave in ((list(range(width)), False), (even_odd, True)):
+        if not all(any(t.index == m for t in pair) for pair, m in zip(pairs, mains, strict=True)):
+            continue
+        place = {m: i for i, m in enumerate(mains)}
+        partners = [place[next(t.index for t in pair if t.index != m)] for pair, m in zip(pairs, mains, strict=True)]
+        if partners == [(i + half) % width for i in range(width)]:
+            return "half", deinterleave, mains
+        if partners == [i ^ 1 for i in range(width)] and not deinterleave:
+            return "interleave", False, mains
+    indices = sorted({abs(a.index - b.index) for a, b in pairs})
+    return f"elements are paired at distances {indices[:4]}, the op pairs d with d±{half} or with its neighbour"
+
+
+def _ordered(pair: tuple[_Term, _Term], main: int) -> tuple[_Term, _Term] | None:
+    if pair[0].index == main:
+        return pair
+    return (pair[1], pair[0]) if pair[1].index == main else None
+
+
+def _turned(coefficient: float, position: int, mode: str, width: int) -> float:
+    """rot(x) has a minus in the first of each pair: the rest of the sign belongs to the table."""
+    first = position < width // 2 if mode == "half" else position % 2 == 0
+    return -coefficient if first else coefficient
+
+
+def _table(
+    tracer: Tracer, wanted: list[list[tuple[int, float]]], leading: torch.Size, width: int, values: dict[Node, Any],
+    mode: str,
+) -> Table | None:  # fmt: skip
+    """The latest node from whose last dimension the wanted elements can be arranged."""
+    flat = [w for row in wanted for w in row]
+    best: tuple[int, Table] | None = None
+    for node, value in reversed(list(values.items())):
+        for part, flatten, ids in _variants(value):
+            if len(ids.shape) > len(leading) + 1 or not _broadcasts(ids.shape[:-1], leading):
+                continue
+            arranged = _arranged(tracer, ids, flat, leading, width, mode)
+            if arranged is None:
+                continue
+            arrange, sign = arranged
+            cost = (0 if arrange == "" else 2 if isinstance(arrange, str) else 4) + (sign != 1) + flatten
+            if best is None or cost < best[0]:
+                best = (cost, Table(node, part, flatten, arrange, sign))
+    return best[1] if best is not None else None
+
+
+def _variants(value: Any) -> Iterator[tuple[str, int, torch.Tensor]]:
+    if isinstance(value, Complex):
+        yield "real", 0, value.real
+        yield "imag", 0, value.imag
+    elif isinstance(value, torch.Tensor) and value.dim() > 0:
+        yield "", 0, value
+        for count in (2, 3):
+            if value.dim() > count:
+                yield "", count, value.flatten(-count)
+
+
+def _broadcasts(shape: torch.Size, leading: torch.Size) -> bool:
+    padded = (1,) * (len(leading) - len(shape)) + tuple(shape)
+    return all(a in (1, b) for a, b in zip(padded, leading, strict=True))
+
+
+def _arranged(
+    tracer: Tracer, ids: torch.Tensor, flat: list[tuple[int, float]], leading: torch.Size, width: int, mode: str
+) -> tuple[Any, Any] | None:
+    """Indices and signs along the last dimension that give the wanted elements in every row."""
+    last = ids.shape[-1]
+    if last > 4 * width or bool((ids < 0).any()):
+        return None
+    spread = ids.expand(*leading, last).reshape(-1, last).tolist()
+    elements = []
+    for i in spread[0]:
+        polynomial = tracer.polynomials[i]
+        single = len(polynomial) == 1 and len(polynomial[0][0]) == 1
+        elements.append((polynomial[0][0][0], polynomial[0][1]) if single else (-1, 0.0))
+    where = {element: (j, c) for j, (element, c) in reversed(list(enumerate(elements)))}
+    order, signs = [], []
+    for element, coefficient in flat[:width]:
+        if element not in where or not where[element][1]:
+            return None
+        j, own = where[element]
+        order.append(j)
+        signs.append(coefficient / own)
+    if any(s not in (1.0, -1.0) for s in signs):
+        return None
+    for number, row in enumerate(spread):
+        for position, (j, sign) in enumerate(zip(order, signs, strict=True)):
+            element, coefficient = flat[number * width + position]
+            if tracer.polynomials[row[j]] != (((element,), coefficient * sign),):
+                return None
+    uniform: Any = int(signs[0]) if len(set(signs)) == 1 else tuple(int(s) for s in signs)
+    half = list(range(width // 2))
+    if order == list(range(width)) and last == width:
+        return "", uniform
+    if last == width // 2 and order == half + half:
+        return "tile", uniform
+    if last == width // 2 and order == [i for i in half for _ in range(2)]:
+        return "repeat", uniform
+    if last == width:  # equal elements found at their first place: the node itself may still be right
+        itself = all(
+            tracer.polynomials[row[p]] == (((flat[n * width + p][0],), flat[n * width + p][1] * signs[p]),)
+            for n, row in enumerate(spread)
+            for p in range(width)
+        )
+        if itself:
+            return "", uniform
+    return tuple(order), uniform
+
+
+def narrowing_tail(view: View, output: Node) -> tuple[Node, list[Node]]:
+    """The casts behind the result that narrow it, where nobody else sees the wide value."""
+    tail: list[Node] = []
+    while len(output.users) == 1:
+        user = next(iter(output.users))
+        if not user.op.startswith("call") or d.name(user) != "cast" or not view.same_version(output, user):
+            break
+        before, after = d.tensor(output), d.tensor(user)
+        if before is None or after is None or after.dtype.itemsize >= before.dtype.itemsize:
+            break
+        tail.append(user)
+        output = user
+    return output, tail
+
+
+def nodes_between(view: View, output: Node, inputs: tuple[Node, ...], allowed: set[Node]) -> tuple[Node, ...] | Node:
+    found = algebra.between(view, output, inputs, lambda n: n in allowed or d.name(n) == "cast")
+    if isinstance(found, Node):
+        return found
+    writes = [n for n in allowed if n.target is operator.setitem]
+    if not writes:
+        return found
+    more = set(found)
+    for write in writes:
+        inner = algebra.between(view, write, inputs, lambda n: n in allowed or d.name(n) == "cast")
+        if isinstance(inner, Node):
+            return inner
+        more |= set(inner)
+    return tuple(sorted(more, key=view.position.__getitem__))
+
+
+def emit_table(e: Emitter, node: Any, table: Table, dtype: torch.dtype) -> Any:
+    """r1 or r2, once for all layers that use the same cos or sin."""
+
+    def build(value: Any) -> Any:
+        if table.part:
+            value = e.call(torch.select, e.call(torch.view_as_real, value), -1, 0 if table.part == "real" else 1)
+        if table.flatten:
+            value = e.call(torch.flatten, value, -table.flatten)
+        if table.arrange == "tile":
+            value = e.call(torch.cat, (value, value), -1)
+        elif table.arrange == "repeat":
+            value = e.call(torch.repeat_interleave, value, 2, -1)
+        elif table.arrange:
+            value = e.call(torch.stack, tuple(e.call(torch.select, value, -1, i) for i in table.arrange), -1)
+        if isinstance(table.sign, tuple):
+            signs = e.call(torch.tensor, list(table.sign))
+            value = e.call(torch.mul, value, signs)
+        elif table.sign == -1:
+            value = e.call(torch.neg, value)
+        return e.cast(value, dtype)
+
+    return e.shared((table.key, dtype), (node,), build)
+
+
+def emit_deinterleave(e: Emitter, value: Any, width: int) -> Any:
+    """[x0, x1, x2, x3, …] -> [x0, x2, …, x1, x3, …]."""
+    return e.call(torch.cat, (value_slice(e, value, 0), value_slice(e, value, 1)), -1)
+
+
+def value_slice(e: Emitter, value: Any, start: int) -> Any:
+    return e.call(operator.getitem, value, (Ellipsis, slice(start, None, 2)))

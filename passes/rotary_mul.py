@@ -1,0 +1,167 @@
+"""RoPE: y = x · cos + rot(x) · sin  →  npu_rotary_mul(x, r1, r2, rotary_mode).
+
+x [..., D] with D even, r1 and r2 broadcastable to x with full width D, y like x.
+half:       rot(x) = cat(-x[D/2:], x[:D/2]);  interleave: rot(x)[2i] = -x[2i+1], rot(x)[2i+1] = x[2i].
+Computed in float32 with one rounding; r1 and r2 are first cast to x's dtype, as the op does.
+Semantics: torch_npu's document of npu_rotary_mul and the CANN operators RotaryPositionEmbedding and
+RotaryPositionEmbeddingGrad.
+
+The rule reads the map y[d] = a(d)·x[i(d)] + b(d)·x[j(d)] off the traced elements; no spelling is named.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch.fx import Node
+
+from npu_fuse import dialect as d
+from npu_fuse import ops
+from npu_fuse import rotation as r
+from npu_fuse.emit import Emitter
+from npu_fuse.sites import Form, Miss, Rule, Site
+from npu_fuse.view import View
+
+NAME = "rotary_mul"
+
+
+# --- the op: reference kernel, backward ------------------------------------------------------------
+
+
+def _rotate(x: torch.Tensor, mode: str, back: bool = False) -> torch.Tensor:
+    if mode == "half":
+        first, second = x.chunk(2, -1)
+        return torch.cat((second, -first) if back else (-second, first), -1)
+    even, odd = x[..., 0::2], x[..., 1::2]
+    return torch.stack((odd, -even) if back else (-odd, even), -1).flatten(-2)
+
+
+def _forward(
+    x: torch.Tensor, r1: torch.Tensor, r2: torch.Tensor, rotary_mode: str = "half", rotate: torch.Tensor | None = None
+) -> torch.Tensor:
+    dtype = ops.compute_dtype(x.dtype)
+    wide, cos, sin = x.to(dtype), r1.to(x.dtype).to(dtype), r2.to(x.dtype).to(dtype)
+    return (wide * cos + _rotate(wide, rotary_mode) * sin).to(x.dtype)
+
+
+def _backward_op(
+    dy: torch.Tensor, r1: torch.Tensor, r2: torch.Tensor, rotary_mode: str = "half"
+) -> torch.Tensor:
+    """dx alone: it needs neither x nor the forward's result."""
+    dtype = ops.compute_dtype(dy.dtype)
+    wide, cos, sin = dy.to(dtype), r1.to(dy.dtype).to(dtype), r2.to(dy.dtype).to(dtype)
+    return (wide * cos + _rotate(wide * sin, rotary_mode, back=True)).to(dy.dtype)
+
+
+def _backward_tables(
+    dy: torch.Tensor, x: torch.Tensor, r1: torch.Tensor, r2: torch.Tensor, rotary_mode: str
+) -> tuple[torch.Tensor, torch.Tensor]:
+    dtype = ops.compute_dtype(dy.dtype)
+    wide, turned = dy.to(dtype), _rotate(x.to(dtype), rotary_mode)
+    dcos, dsin = wide * x.to(dtype), wide * turned
+    return dcos.sum_to_size(r1.shape).to(r1.dtype), dsin.sum_to_size(r2.shape).to(r2.dtype)
+
+
+def _setup(ctx: Any, inputs: Any, output: Any) -> None:
+    x, r1, r2, mode, rotate = inputs
+    if rotate is not None:
+        raise NotImplementedError("npu_rotary_mul with rotate= has no backward; leave rotate out in training")
+    tables = r1.requires_grad or r2.requires_grad
+    # x is kept for the tables' gradients only: less than the spelled form keeps.
+    ctx.save_for_backward(r1, r2, *((x,) if tables else ()))
+    ctx.mode = mode
+
+
+def _backward(ctx: Any, dy: torch.Tensor) -> Any:
+    r1, r2, *rest = ctx.saved_tensors
+    dx = ops.op("npu_rotary_mul_dx")(dy, r1, r2, ctx.mode)
+    dcos = dsin = None
+    if rest:
+        dcos, dsin = ops.op("npu_rotary_mul_dtables")(dy, rest[0], r1, r2, ctx.mode)
+    return dx, dcos, dsin, None, None
+
+
+ops.define(
+    "npu_rotary_mul(Tensor self, Tensor r1, Tensor r2, str rotary_mode='half', Tensor? rotate=None) -> Tensor", _forward
+)
+ops.define("npu_rotary_mul_dx(Tensor dy, Tensor r1, Tensor r2, str rotary_mode='half') -> Tensor", _backward_op)
+ops.define(
+    "npu_rotary_mul_dtables(Tensor dy, Tensor self, Tensor r1, Tensor r2, str rotary_mode) -> (Tensor, Tensor)",
+    _backward_tables,
+)
+ops.differentiable("npu_rotary_mul", _backward, _setup)
+
+
+# --- the rule --------------------------------------------------------------------------------------
+
+
+def recognise(view: View) -> list[Site | Miss]:
+    found: list[Site | Miss] = []
+    done: set[Node] = set()
+    for node in view.nodes:
+        if node.op.startswith("call") and node not in done and node not in view.claimed and r.is_anchor(view, node):
+            result = _from_anchor(view, node, done)
+            if result is not None:
+                found.append(result)
+    return found
+
+
+def _from_anchor(view: View, anchor: Node, done: set[Node]) -> Site | Miss | None:
+    """The first value on the anchor's way forward that is a whole rotation of something of its shape."""
+    near_miss: Miss | None = None
+    for output in r.ways_forward(view, anchor):
+        if output in done:
+            return None
+        region = r.collect(view, output)
+        if region is None:
+            continue
+        for x in r.rotated_values(view, region):
+            found = r.turn_of(view, region, x)
+            if isinstance(found, r.Turn):
+                site = _site(view, region, x, found, anchor)
+                if isinstance(site, Site):
+                    done.update(site.nodes)
+                return site
+            if found:
+                near_miss = near_miss or Miss(NAME, anchor, "rotary_mul.map", found)
+    return near_miss
+
+
+def _site(view: View, region: r.Region, x: Node, turn: r.Turn, anchor: Node) -> Site | Miss:
+    output, tail = r.narrowing_tail(view, region.output)
+    source = view.exact(x)
+    inputs = tuple(dict.fromkeys((source, turn.cos.node, turn.sin.node)))
+    nodes = r.nodes_between(view, output, inputs, {*region.nodes, *tail})
+    if isinstance(nodes, Node):
+        return Miss(NAME, anchor, "rotary_mul.between", f"{d.name(nodes) or nodes.op} stands inside the rotation")
+    value, result = d.tensor(source), d.tensor(output)
+    assert value is not None and result is not None
+    forms = tuple(_forms(source, turn, value.dtype, result.dtype))
+    params = {"mode": turn.mode}
+    if turn.deinterleave:
+        params["input"] = "de-interleaved first"
+    return Site(NAME, output, inputs, nodes, forms, anchor, params, facts={"kept": 1, "x": source, "turn": turn})
+
+
+def _forms(x: Node, turn: r.Turn, dtype: torch.dtype, result: torch.dtype) -> list[Form]:
+    made = []
+    for width in dict.fromkeys((dtype, torch.promote_types(dtype, torch.float32))):
+        if width.itemsize < result.itemsize:
+            continue
+        name = "as it is" if width == dtype else f"x in {str(width)[6:]}"
+
+        def emit(e: Emitter, env: Mapping[Node, Any], width: torch.dtype = width) -> Any:
+            value = e.cast(env[x], width)
+            if turn.deinterleave:
+                value = r.emit_deinterleave(e, value, turn.width)
+            cos = r.emit_table(e, env[turn.cos.node], turn.cos, width)
+            sin = r.emit_table(e, env[turn.sin.node], turn.sin, width)
+            return e.cast(e.fused("npu_rotary_mul", value, cos, sin, turn.mode), result)
+
+        made.append(Form(name, emit, (width, turn.mode, turn.deinterleave, turn.cos.key, turn.sin.key)))
+    return made
+
+
+RULE = Rule(NAME, recognise)
