@@ -111,24 +111,26 @@ def check_combinations(options: Options, defaults: Mapping[str, object]) -> None
     if options.handoff_options:
         if handoff is None:
             _refuse("handoff_options", "no hand-off is named to give them to", "name it in 'handoff'")
-        if not isinstance(handoff, str):
-            why = "a callable hand-off is called as fn(gm, example_inputs), without options"
-            _refuse("handoff_options", why, "bind them with functools.partial")
-        if handoff in TAKES_NO_OPTIONS:
+        if isinstance(handoff, str) and handoff in TAKES_NO_OPTIONS:
             why = f"the hand-off {handoff!r} ignores options"
             _refuse("handoff_options", why, "drop them, or hand off to 'inductor'")
     if options.mode is not None and handoff is not None:
         if not isinstance(handoff, str):
             why = f"a callable hand-off is called as fn(gm, example_inputs), without mode={options.mode!r}"
             _refuse("mode", why, "drop mode, and set it up inside the callable")
-        if handoff in TAKES_NO_MODE:
-            why = f"the hand-off {handoff!r} ignores mode={options.mode!r}"
-            _refuse("mode", why, "drop mode, or hand off to 'inductor'")
+        check_mode(handoff, options.mode)
     if options.prove != "shadow":
         for key in ("shadow_calls", "shadow_action", "shadow_dump"):
             if getattr(options, key) != defaults[key]:
                 why = f"it acts with prove='shadow' only, and prove is {options.prove!r}"
                 _refuse(key, why, f"add prove='shadow', or drop {key}")
+
+
+def check_mode(handoff: str, mode: str | None) -> None:
+    """Refuse a mode that the hand-off of this name would ignore; for a default hand-off once it is known."""
+    if mode is not None and handoff in TAKES_NO_MODE:
+        why = f"the hand-off {handoff!r} ignores mode={mode!r}"
+        _refuse("mode", why, "drop mode, or set the option handoff='inductor'")
 
 
 def _refuse(key: str, why: str, remedy: str) -> NoReturn:

@@ -77,7 +77,7 @@ class Options:
     """Who compiles the rewritten graph: the name of a torch.compile backend, a callable
     `fn(gm, example_inputs)`, or None for the default of the device and of inference or training."""
     handoff_options: Mapping[str, Any] = field(default_factory=FrozenMapping)
-    """Options for the hand-off named in `handoff`, which checks them itself."""
+    """Options for the hand-off in `handoff`, which checks them itself; a callable gets them as keywords."""
     fuse: str | frozenset[str] = "all"
     """"all", or the names of the ops to fuse (any collection, or one string with commas)."""
     skip: frozenset[str] = frozenset()

@@ -50,6 +50,7 @@ def hand_off(gm, example_inputs):
         ({"fuse": ()}, "fuse", frozenset()),
         ({"skip": {"swiglu"}}, "skip", frozenset({"swiglu"})),
         ({"handoff": hand_off}, "handoff", hand_off),
+        ({"handoff": hand_off, "handoff_options": {"a": 1}}, "handoff_options", {"a": 1}),
         ({"handoff": "npugraph_ex"}, "handoff", "npugraph_ex"),
         ({"handoff": "inductor", "mode": "max-autotune"}, "mode", "max-autotune"),
         ({"mode": "default"}, "mode", None),
@@ -147,7 +148,6 @@ REFUSED = [
     ({"handoff_options": {"a": 1}}, "handoff_options", ["no hand-off is named"]),
     ({"handoff_options": [1], "handoff": "inductor"}, "handoff_options", ["[1] (list)", "strings"]),
     ({"handoff_options": {1: 1}, "handoff": "inductor"}, "handoff_options", ["strings"]),
-    ({"handoff_options": {"a": 1}, "handoff": hand_off}, "handoff_options", ["functools.partial"]),
     (
         {"handoff_options": {"a": 1}, "handoff": "aot_eager"},
         "handoff_options",
