@@ -233,17 +233,37 @@ def per_feature(node: Any, x: torch.Tensor, dims: int) -> bool:
     return len(shape) == dims and all(same_size(a, b) for a, b in zip(shape, wanted, strict=True))
 
 
-def between(view: View, output: Node, inputs: Iterable[Node], allowed: Callable[[Node], bool]) -> tuple[Node, ...] | Node:
-    """The nodes between inputs and output in graph order, or the first node that is not allowed there."""
-    stop = set(inputs)
+@dataclass(frozen=True)
+class Between:
+    """The nodes between inputs and output in graph order; `twins` are read in an input's place.
+
+    `stopped` is the first node that is not allowed there.
+    """
+
+    nodes: tuple[Node, ...] = ()
+    twins: tuple[tuple[Node, Node], ...] = ()
+    stopped: Node | None = None
+
+
+def between(view: View, outputs: Iterable[Node], inputs: Iterable[Node], allowed: Callable[[Node], bool]) -> Between:
+    """Walk up from the outputs; a node that computes the same value as an input is that input's twin."""
+    stop = {view.value_number[n]: n for n in inputs}
+    twins: dict[Node, Node] = {}
     seen: set[Node] = set()
-    stack = [output]
+    stack = list(outputs)
     while stack:
         node = stack.pop()
-        if node in seen or node in stop:
+        if node in seen or node in twins:
+            continue
+        known = stop.get(view.value_number[node])
+        if known is not None:
+            twins[node] = known
+            continue
+        if d.symbolic_scalar(node):
             continue
         if not allowed(node):
-            return node
+            return Between(stopped=node)
         seen.add(node)
-        stack += [n for n in node.all_input_nodes if n not in stop]
-    return tuple(sorted(seen, key=view.position.__getitem__))
+        stack += node.all_input_nodes
+    nodes = tuple(sorted(seen, key=view.position.__getitem__))
+    return Between(nodes, tuple((t, n) for t, n in twins.items() if t is not n))

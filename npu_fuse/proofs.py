@@ -41,11 +41,12 @@ def forget_verdicts() -> None:
 
 def structure_key(site: Site, form: Form, numerics: str) -> str:
     """Equal for sites that compute the same on tensors of the same shapes and dtypes."""
-    names: dict[Node, int] = {n: i for i, n in enumerate(site.inputs)}
+    names: dict[Node, int] = {n: -1 - i for i, n in enumerate(site.inputs)}
     parts: list[Any] = [torch.__version__, site.op, form.name, str(form.key), numerics, str(site.facts.get("kept"))]
     parts += [_described(n) for n in site.inputs]
+    names |= {twin: names[node] for twin, node in site.twins}
     for node in site.nodes:
-        names[node] = len(names)
+        names[node] = len(parts)
         parts.append((_target(node), _encode(node.args, names), _encode(node.kwargs, names), _described(node)))
     parts += [names.get(n) for n in (site.output, *site.extra_outputs)]
     return hashlib.sha256(repr(parts).encode()).hexdigest()

@@ -200,6 +200,7 @@ def _dry_run(site: Site, sizes: Sizes) -> None:
         env[node] = (
             torch.empty(sizes.shape(found.shape), dtype=found.dtype, device="meta") if found is not None else 1.0
         )
+    env |= {twin: env[node] for twin, node in site.twins}
     with torch.no_grad():
         replay(site.nodes, env, sizes, _apply_own)
 
@@ -275,6 +276,7 @@ def _run(site: Site, form: Form, inputs: Mapping[Node, Any], sizes: Sizes, how: 
         # In-place nodes of the site must not write into the probe.
         copies = any(d.mutates(n) for n in site.nodes)
         env = {n: v.clone() if copies and isinstance(v, torch.Tensor) else v for n, v in leaves.items()}
+        env |= {twin: env[node] for twin, node in site.twins}
         env = replay(site.nodes, env, sizes, _lifted_apply(copies) if how == "original" else _apply_own)
         outputs = [env[n] for n in (site.output, *site.extra_outputs)]
     else:

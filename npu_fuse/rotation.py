@@ -511,20 +511,10 @@ def narrowing_tail(view: View, output: Node) -> tuple[Node, list[Node]]:
     return output, tail
 
 
-def nodes_between(view: View, output: Node, inputs: tuple[Node, ...], allowed: set[Node]) -> tuple[Node, ...] | Node:
-    found = algebra.between(view, output, inputs, lambda n: n in allowed or d.name(n) == "cast")
-    if isinstance(found, Node):
-        return found
+def nodes_between(view: View, output: Node, inputs: tuple[Node, ...], allowed: set[Node]) -> algebra.Between:
+    """What the fused op replaces: the way from its inputs, writes into a fresh buffer included."""
     writes = [n for n in allowed if n.target is operator.setitem]
-    if not writes:
-        return found
-    more = set(found)
-    for write in writes:
-        inner = algebra.between(view, write, inputs, lambda n: n in allowed or d.name(n) == "cast")
-        if isinstance(inner, Node):
-            return inner
-        more |= set(inner)
-    return tuple(sorted(more, key=view.position.__getitem__))
+    return algebra.between(view, [output, *writes], inputs, lambda n: n in allowed or d.name(n) == "cast")
 
 
 def emit_table(e: Emitter, node: Any, table: Table, dtype: torch.dtype) -> Any:

@@ -50,6 +50,8 @@ class Site:
     notes: tuple[str, ...] = ()
     extra_outputs: tuple[Node, ...] = ()
     """Further nodes that the fused op computes too (the sum of add + RMSNorm); `emit` returns a tuple."""
+    twins: tuple[tuple[Node, Node], ...] = ()
+    """Nodes that the original reads in an input's place: they compute the same value once more."""
     facts: Mapping[str, Any] = field(default_factory=dict)
     """What targets ask: dtype, gamma, operands that have to be concatenated…"""
 

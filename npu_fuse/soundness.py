@@ -54,7 +54,7 @@ def _writes(view: View, site: Site) -> tuple[str, str] | None:
     region = set(site.nodes)
     first = view.position[site.nodes[0]]
     last = max(view.position[n] for n in (*site.nodes, site.output))
-    for node in site.inputs:
+    for node in (*site.inputs, *(twin for twin, _ in site.twins)):
         writes = view.mutations.get(view.storage.get(node, -1), ())
         if any(first <= w <= last for w in writes):
             return "write.input", f"{node.name} is written in place before the site ends"

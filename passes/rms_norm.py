@@ -116,7 +116,7 @@ def _direct(view: View, node: Node) -> Site | Miss:
     if epsilon is None:
         epsilon = torch.finfo(value.dtype).eps
     inputs = tuple(n for n in (x, gamma, epsilon) if isinstance(n, Node))
-    return _site(view, node, node, x, len(shape), epsilon, gamma, 1.0, inputs, (node,))
+    return _site(view, node, node, x, len(shape), epsilon, gamma, 1.0, inputs, algebra.Between((node,)))
 
 
 def _from_root(view: View, root: Node) -> Site | Miss | None:
@@ -141,9 +141,10 @@ def _from_root(view: View, root: Node) -> Site | Miss | None:
     gamma = walk.gammas[0] if walk.gammas else None
     nodes = {*explained, *walk.seen, root}
     inputs = [n for n in (x, gamma, epsilon) if isinstance(n, Node)]
-    region = algebra.between(view, walk.node, inputs, lambda n: n in nodes or d.name(n) == "cast")
-    if isinstance(region, Node):
-        return Miss(NAME, root, "rms_norm.between", f"{d.name(region) or region.op} stands between x and the result")
+    region = algebra.between(view, [walk.node], inputs, lambda n: n in nodes or d.name(n) == "cast")
+    if region.stopped is not None:
+        name = d.name(region.stopped) or region.stopped.op
+        return Miss(NAME, root, "rms_norm.between", f"{name} stands between x and the result")
     return _site(view, root, walk.node, x, mean_square.dims, epsilon, gamma, coefficient, tuple(inputs), region)
 
 
@@ -283,7 +284,7 @@ def _product_with_x(
 
 def _site(
     view: View, anchor: Node, output: Node, x: Any, dims: int, epsilon: Any, gamma: Any, coefficient: float,
-    inputs: tuple[Node, ...], region: tuple[Node, ...],
+    inputs: tuple[Node, ...], region: algebra.Between,
 ) -> Site | Miss:  # fmt: skip
     value, result = d.tensor(x), d.tensor(output)
     if value is None or result is None or not value.dtype.is_floating_point or value.dtype.itemsize < 2:
@@ -299,7 +300,7 @@ def _site(
         params["dims"] = str(dims)
     if coefficient != 1.0:
         params["scale"] = f"{coefficient:.6g}"
-    return Site(NAME, output, inputs, region, forms, anchor, params,
+    return Site(NAME, output, inputs, region.nodes, forms, anchor, params, twins=region.twins,
                 facts={"kept": dims, "x": x, "gamma": gamma, "epsilon": epsilon})  # fmt: skip
 
 

@@ -133,16 +133,18 @@ def _site(view: View, region: r.Region, x: Node, turn: r.Turn, anchor: Node) -> 
     output, tail = r.narrowing_tail(view, region.output)
     source = view.exact(x)
     inputs = tuple(dict.fromkeys((source, turn.cos.node, turn.sin.node)))
-    nodes = r.nodes_between(view, output, inputs, {*region.nodes, *tail})
-    if isinstance(nodes, Node):
-        return Miss(NAME, anchor, "rotary_mul.between", f"{d.name(nodes) or nodes.op} stands inside the rotation")
+    found = r.nodes_between(view, output, inputs, {*region.nodes, *tail})
+    if found.stopped is not None:
+        name = d.name(found.stopped) or found.stopped.op
+        return Miss(NAME, anchor, "rotary_mul.between", f"{name} stands inside the rotation")
     value, result = d.tensor(source), d.tensor(output)
     assert value is not None and result is not None
     forms = tuple(_forms(source, turn, value.dtype, result.dtype))
     params = {"mode": turn.mode}
     if turn.deinterleave:
         params["input"] = "de-interleaved first"
-    return Site(NAME, output, inputs, nodes, forms, anchor, params, facts={"kept": 1, "x": source, "turn": turn})
+    return Site(NAME, output, inputs, found.nodes, forms, anchor, params, twins=found.twins,
+                facts={"kept": 1, "x": source, "turn": turn})  # fmt: skip
 
 
 def _forms(x: Node, turn: r.Turn, dtype: torch.dtype, result: torch.dtype) -> list[Form]:

@@ -1,0 +1,422 @@
+"""Gated MLPs as facts: which activation, of which value, times which other value.
+
+`gate_of` reads one product: act(gate) · up in any spelling (silu, x·sigmoid(x), x/(1+exp(-x)), gelu
+called or written out, clamped and scaled). `halves_of` says whether both come from one tensor, and
+how they lie in it.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch.fx import Node
+
+from npu_fuse import algebra
+from npu_fuse import dialect as d
+from npu_fuse.proofs import structure_key
+from npu_fuse.replay import CannotShrink, choose_sizes
+from npu_fuse.sites import Form, Site
+from npu_fuse.trace import Tracer, Untraceable, trace
+from npu_fuse.view import View, same_shape
+
+SILU, GELU_TANH, GELU_ERF = "silu", "gelu_tanh", "gelu_erf"
+ACTIVATIONS = frozenset("silu gelu sigmoid mul div tanh erf reciprocal cast".split())
+
+
+@dataclass(frozen=True)
+class Activation:
+    """act(x): silu means x · sigmoid(alpha · x). `nodes` are those passed on the way to x."""
+
+    kind: str
+    x: Node
+    alpha: float = 1.0
+    nodes: tuple[Node, ...] = ()
+
+
+@dataclass(frozen=True)
+class Gate:
+    """act(gate) · (up + bias), gate clamped above at `limit`, up at ±limit."""
+
+    kind: str
+    output: Node
+    gate: Node
+    up: Node
+    alpha: float
+    limit: float
+    bias: float
+    nodes: tuple[Node, ...]
+
+    @property
+    def plain(self) -> bool:
+        return self.alpha == 1.0 and self.limit == math.inf and self.bias == 0.0
+
+
+@dataclass(frozen=True)
+class Halves:
+    """gate and up lie in one tensor: `arrange` is "gate_up", "up_gate", "interleaved" or "interleaved_up_gate"."""
+
+    source: Node
+    arrange: str
+    start: int
+    width: int
+    nodes: tuple[Node, ...]
+
+
+def gates(view: View) -> list[Gate | tuple[Node, str]]:
+    """Every gate of the graph, found once per view; a tuple is a near miss with its reason."""
+    if "gates" not in view.memo:
+        found: list[Gate | tuple[Node, str]] = []
+        taken: set[Node] = set()
+        for node in view.nodes:
+            if node.op.startswith("call") and d.name(node) == "mul" and node not in view.claimed and node not in taken:
+                gate = gate_of(view, node)
+                if gate is not None:
+                    found.append(gate)
+                    taken.update(gate.nodes if isinstance(gate, Gate) else ())
+        view.memo["gates"] = found
+    result: list[Gate | tuple[Node, str]] = view.memo["gates"]
+    return result
+
+
+def gate_of(view: View, product: Node) -> Gate | tuple[Node, str] | None:
+    """The gate that ends in this product."""
+    first, second = d.binary(product)
+    left, right = d.tensor(first), d.tensor(second)
+    if left is None or right is None or not left.dtype.is_floating_point or not right.dtype.is_floating_point:
+        return None
+    if not same_shape(left.shape, right.shape) or left.dim() < 1:
+        return None
+    for gated, up in ((first, second), (second, first)):
+        found = activation_of(view, gated)
+        if found is not None and view.vn(found.x) != view.vn(up):
+            return _finished(view, product, found, up)
+    return _mixed(view, product)
+
+
+def _mixed(view: View, product: Node) -> Gate | tuple[Node, str] | None:
+    """a · (sigmoid(a) · u) and (a · u) · sigmoid(a): three factors, one the sigmoid of another."""
+    factors, nodes = _factors(view, product)
+    if len(factors) != 3:
+        return None
+    for node in factors:
+        sigmoid = _sigmoid_of(view, node)
+        if sigmoid is None:
+            continue
+        alpha, x, inner = sigmoid
+        rest = [f for f in factors if f is not node]
+        for gate, up in ((rest[0], rest[1]), (rest[1], rest[0])):
+            if view.vn(gate) == view.vn(x) and view.vn(up) != view.vn(x):
+                passed = tuple(n for n in nodes if n is not product)
+                found = Activation(SILU, x, alpha, (*passed, node, *inner))
+                return _finished(view, product, found, up)
+    return None
+
+
+def _finished(view: View, product: Node, act: Activation, up: Node) -> Gate | tuple[Node, str] | None:
+    limits_gate = _clamp_of(view, act.x)
+    gate, low, high, passed = limits_gate
+    if low != -math.inf:
+        return product, f"the gate is clamped below at {low:g}, the op clamps it above only"
+    bias, inner, passed_bias = _bias_of(view, up)
+    inner, up_low, up_high, passed_up = _clamp_of(view, inner)
+    if (up_low, up_high) != (-high, high):
+        if passed or passed_up:
+            return product, (
+                f"the gate is clamped at {high:g} and up to [{up_low:g}, {up_high:g}], the op clamps both at one limit"
+            )
+        inner, passed_up = inner, ()
+    if bias != 0.0 and high == math.inf and not passed_up and act.alpha == 1.0:
+        # `1 + u` may be a value of its own: without clamp or scale it is just the other factor.
+        bias, inner, passed_bias = 0.0, up, ()
+    nodes = (product, *act.nodes, *passed, *passed_bias, *passed_up)
+    return Gate(act.kind, product, view.exact(gate), view.exact(inner), act.alpha, high, bias, nodes)
+
+
+def _bias_of(view: View, node: Node) -> tuple[float, Node, tuple[Node, ...]]:
+    passed = []
+    current: Any = node
+    while isinstance(current, Node) and current.op.startswith("call") and d.name(current) == "cast":
+        passed.append(current)
+        current = current.args[0]
+    if isinstance(current, Node) and current.op.startswith("call") and d.name(current) == "add":
+        first, second = d.binary(current)
+        for value, number in ((first, d.constant(second)), (second, d.constant(first))):
+            if number is not None and isinstance(value, Node) and d.constant(current.kwargs.get("alpha", 1)) == 1.0:
+                return number, value, (*passed, current)
+    return 0.0, node, ()
+
+
+def _clamp_of(view: View, node: Node) -> tuple[Node, float, float, tuple[Node, ...]]:
+    """The value under clamps and their common bounds; casts in between are passed with them."""
+    low, high = -math.inf, math.inf
+    passed: list[Node] = []
+    pending: list[Node] = []
+    current: Any = node
+    result = node
+    while isinstance(current, Node) and current.op.startswith("call"):
+        name = d.name(current)
+        if name == "cast":
+            pending.append(current)
+            current = current.args[0]
+            continue
+        if name not in ("clamp", "clamp_min", "clamp_max"):
+            break
+        lower = d.operand(current, 1, "min") if name != "clamp_max" else None
+        upper = d.operand(current, 2, "max") if name == "clamp" else d.operand(current, 1, "max")
+        upper = None if name == "clamp_min" else upper
+        bounds = [d.constant(b) for b in (lower, upper) if b is not None]
+        if any(b is None for b in bounds):
+            break
+        low = max(low, float(lower)) if lower is not None else low
+        high = min(high, float(upper)) if upper is not None else high
+        passed += [*pending, current]
+        pending = []
+        current = d.unary(current)
+        result = current
+    return result, low, high, tuple(passed)
+
+
+def activation_of(view: View, node: Any) -> Activation | None:
+    passed: list[Node] = []
+    while isinstance(node, Node) and node.op.startswith("call") and d.name(node) == "cast":
+        passed.append(node)
+        node = node.args[0]
+    if not isinstance(node, Node) or not node.op.startswith("call") or node in view.outputs:
+        return None
+    name = d.name(node)
+    found: Activation | None = None
+    if name == "silu":
+        found = Activation(SILU, d.unary(node), 1.0, (node,))
+    elif name == "gelu":
+        kind = d.operand(node, 1, "approximate", "none")
+        found = Activation(GELU_TANH if kind == "tanh" else GELU_ERF, d.unary(node), 1.0, (node,))
+    elif name in ("mul", "div"):
+        found = _written_out(view, node)
+    return None if found is None else replace(found, nodes=(*passed, *found.nodes))
+
+
+def _written_out(view: View, product: Node) -> Activation | None:
+    """x · sigmoid(alpha · x), 0.5 · x · (1 + tanh(…)), 0.5 · x · (1 + erf(x / √2))."""
+    factors, nodes = _factors(view, product)
+    coefficient = 1.0
+    kept = []
+    for factor in factors:
+        if isinstance(factor, float):
+            coefficient *= factor
+        else:
+            kept.append(factor)
+    if len(kept) != 2:
+        return None
+    for one, other in ((kept[0], kept[1]), (kept[1], kept[0])):
+        sigmoid = _sigmoid_of(view, one)
+        if sigmoid is not None and coefficient == 1.0 and view.vn(sigmoid[1]) == view.vn(other):
+            return Activation(SILU, other, sigmoid[0], (*nodes, one, *sigmoid[2]))
+        gelu = _gelu_factor(view, one, other)
+        if gelu is not None and coefficient == 0.5:
+            return Activation(gelu[0], other, 1.0, (*nodes, *gelu[1]))
+    return None
+
+
+def _factors(view: View, node: Any, depth: int = 0) -> tuple[list[Any], list[Node]]:
+    """The factors of a product (numbers as floats), and the nodes that multiply them."""
+    if not isinstance(node, Node) or not node.op.startswith("call") or depth > 4:
+        return [node], []
+    name = d.name(node)
+    if name == "cast":
+        inner, nodes = _factors(view, node.args[0], depth + 1)
+        return (inner, [node, *nodes]) if len(inner) > 1 else ([node], [])
+    constant = algebra.constant_factor(node)
+    if constant is not None and name != "neg":
+        inner, nodes = _factors(view, constant[1], depth + 1)
+        return [constant[0], *inner], [node, *nodes]
+    if name == "div":
+        first, second = d.binary(node)
+        if _denominator_of(view, second) is not None and isinstance(first, Node) and d.tensor(first) is not None:
+            inner, nodes = _factors(view, first, depth + 1)
+            return [*inner, second], [node, *nodes]
+        return [node], []
+    if name == "mul" and all(d.tensor(n) is not None for n in d.binary(node)):
+        first, second = d.binary(node)
+        if view.vn(first) == view.vn(second):
+            return [node], []
+        left, left_nodes = _factors(view, first, depth + 1)
+        right, right_nodes = _factors(view, second, depth + 1)
+        return [*left, *right], [node, *left_nodes, *right_nodes]
+    return [node], []
+
+
+def _sigmoid_of(view: View, node: Any) -> tuple[float, Node, tuple[Node, ...]] | None:
+    """sigmoid(alpha · x) as (alpha, x, nodes below): called, 1/(1+exp(-x)), or a denominator 1+exp(-x)."""
+    if not isinstance(node, Node):
+        return None
+    passed: list[Node] = []
+    current: Any = node
+    while isinstance(current, Node) and current.op.startswith("call") and d.name(current) == "cast":
+        passed.append(current)
+        current = current.args[0]
+    if not isinstance(current, Node) or not current.op.startswith("call"):
+        return None
+    name = d.name(current)
+    if name == "sigmoid":
+        alpha, x, nodes = _scaled(d.unary(current))
+        return alpha, x, (*passed, current, *nodes)
+    if name == "reciprocal":
+        return _with(_denominator_of(view, d.unary(current)), (*passed, current))
+    if name == "div" and d.constant(d.binary(current)[0]) == 1.0:
+        return _with(_denominator_of(view, d.binary(current)[1]), (*passed, current))
+    return _with(_denominator_of(view, current), tuple(passed))
+
+
+def _with(found: Any, nodes: tuple[Node, ...]) -> Any:
+    return None if found is None else (found[0], found[1], (*nodes, *found[2]))
+
+
+def _denominator_of(view: View, node: Any) -> tuple[float, Node, tuple[Node, ...]] | None:
+    """1 + exp(-alpha · x)."""
+    node = algebra.through_casts(node)
+    if not isinstance(node, Node) or not node.op.startswith("call") or d.name(node) != "add":
+        return None
+    first, second = d.binary(node)
+    for one, other in ((first, second), (second, first)):
+        inner = algebra.through_casts(other)
+        if d.constant(one) == 1.0 and isinstance(inner, Node) and inner.op.startswith("call"):
+            if d.name(inner) == "exp":
+                alpha, x, nodes = _scaled(d.unary(inner))
+                if alpha < 0:
+                    return -alpha, x, (node, inner, *nodes)
+    return None
+
+
+def _scaled(node: Node) -> tuple[float, Node, tuple[Node, ...]]:
+    """c · x as (c, x, nodes)."""
+    scale, nodes = 1.0, []
+    while isinstance(node, Node) and node.op.startswith("call"):
+        factor = algebra.constant_factor(node)
+        if factor is None:
+            break
+        nodes.append(node)
+        scale, node = scale * factor[0], factor[1]
+    return scale, node, tuple(nodes)
+
+
+def _gelu_factor(view: View, node: Any, x: Node) -> tuple[str, tuple[Node, ...]] | None:
+    """1 + tanh(√(2/π)(x + 0.044715 x³)) or 1 + erf(x/√2); the proof checks the polynomial."""
+    total = algebra.sum_of(view, node)
+    if total.constant != 1.0 or total.symbol is not None or len(total.terms) != 1 or total.terms[0][0] != 1.0:
+        return None
+    inner = algebra.through_casts(total.terms[0][1])
+    if not isinstance(inner, Node) or not inner.op.startswith("call") or d.name(inner) not in ("tanh", "erf"):
+        return None
+    below: set[Node] = set()
+    stack = [d.unary(inner)]
+    while stack:
+        current = stack.pop()
+        if not isinstance(current, Node) or view.vn(current) == view.vn(x) or current in below:
+            continue
+        if not current.op.startswith("call") or d.name(current) not in ("mul", "add", "pow", "div", "cast", "square"):
+            return None
+        below.add(current)
+        stack += current.all_input_nodes
+        if len(below) > 12:
+            return None
+    nodes = (*total.nodes, inner, *below)
+    return (GELU_TANH if d.name(inner) == "tanh" else GELU_ERF), nodes
+
+
+def halves_of(view: View, gate: Node, up: Node) -> Halves | None:
+    """The tensor whose last dimension holds gate and up, and how."""
+    wanted = d.tensor(gate)
+    if wanted is None or not isinstance(wanted.shape[-1], int):
+        return None
+    above_gate, above_up = _movement_above(gate), _movement_above(up)
+    numbers = {view.vn(n): n for n in above_up}
+    for source in above_gate:
+        if view.vn(source) not in numbers:
+            continue
+        found = d.tensor(source)
+        if found is None or not isinstance(found.shape[-1], int) or found.dim() < 1:
+            continue
+        if found.dim() != wanted.dim() or found.shape[-1] < 2 * wanted.shape[-1]:
+            continue
+        halves = _traced_halves(view, source, gate, up, above_gate, above_up)
+        if halves is not None:
+            return halves
+    return None
+
+
+def _movement_above(node: Node) -> list[Node]:
+    """The node, and what it is moved out of, nearest first."""
+    found = [node]
+    while node.op.startswith("call") and (d.name(node) in d.MOVEMENT or d.name(node) == "cast") and len(found) < 12:
+        operands = d.tensors_in(node)
+        if not operands or d.name(node) in ("cat", "stack"):
+            break
+        node = operands[0]
+        found.append(node)
+    return found
+
+
+def _traced_halves(
+    view: View, source: Node, gate: Node, up: Node, above_gate: list[Node], above_up: list[Node]
+) -> Halves | None:
+    number = view.vn(source)
+    nodes = {*_until(view, above_gate, number), *_until(view, above_up, number)}
+    region = tuple(sorted(nodes, key=view.position.__getitem__))
+    twins = {n for n in (*above_gate, *above_up) if view.vn(n) == number and n not in nodes}
+    pseudo = Site("glu_trace", gate, (source,), region, (), gate, extra_outputs=(up,),
+                  twins=tuple((t, source) for t in twins if t is not source))  # fmt: skip
+    key = ("halves", structure_key(pseudo, Form("trace", lambda e, env: None), ""))
+    if key not in view.memo:
+        view.memo[key] = _arrangement(source, gate, up, region, twins)
+    found = view.memo[key]
+    return None if found is None else Halves(source, *found, region)
+
+
+def _until(view: View, above: list[Node], number: int) -> list[Node]:
+    kept = []
+    for node in above:
+        if view.vn(node) == number:
+            break
+        kept.append(node)
+    return kept
+
+
+def _arrangement(
+    source: Node, gate: Node, up: Node, region: tuple[Node, ...], twins: set[Node]
+) -> tuple[str, int, int] | None:
+    tracer = Tracer()
+    value = d.tensor(source)
+    assert value is not None
+    width = value.shape[-1]
+    try:
+        sizes = choose_sizes((source,), 1, (2, 2, 2))
+        shape = sizes.shape(value.shape)
+        if torch.Size(shape).numel() > 1 << 19:
+            return None
+        ids = torch.arange(torch.Size(shape).numel()).reshape(shape)
+        env = trace(region, dict.fromkeys({source, *twins}, ids), sizes, tracer)
+    except (Untraceable, CannotShrink, RuntimeError, IndexError, ValueError, TypeError):
+        return None
+    first, second = env[gate], env[up]
+    half = first.shape[-1]
+    if first.shape != second.shape or first.shape[:-1] != ids.shape[:-1] or half == 0:
+        return None
+    if width == 2 * half:
+        for name, left, right in (
+            ("gate_up", ids[..., :half], ids[..., half:]), ("up_gate", ids[..., half:], ids[..., :half]),
+            ("interleaved", ids[..., 0::2], ids[..., 1::2]), ("interleaved_up_gate", ids[..., 1::2], ids[..., 0::2]),
+        ):  # fmt: skip
+            if torch.equal(first, left) and torch.equal(second, right):
+                return name, 0, half
+    start = int(first.reshape(-1)[0])
+    for name, begin, left, right in (
+        ("gate_up", start, 0, half), ("up_gate", int(second.reshape(-1)[0]), half, 0),
+    ):  # fmt: skip
+        if 0 <= begin and begin + 2 * half <= width:
+            part = ids[..., begin : begin + 2 * half]
+            if torch.equal(first, part[..., left : left + half]) and torch.equal(second, part[..., right : right + half]):
+                return name, begin, half
+    return None
