@@ -72,10 +72,11 @@ def explain(
     stops = Stops()
 
     def capture_only(gm: torch.fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
-        from npu_fuse.backend import plan
+        from npu_fuse.backend import is_training, plan
 
         unchanged = _copy_graph(gm)  # a target that is not here can be planned for, and not run
-        graphs.append(plan(gm, example_inputs, made, training=train and torch.is_grad_enabled()))
+        found = plan(gm, example_inputs, made, is_training(example_inputs))
+        graphs.append(replace(found, graph_id=len(graphs)))
         return unchanged.forward
 
     with model_untouched(called, (args, kwargs)), dynamo_untouched(capture_only), _mode(called, train):

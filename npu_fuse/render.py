@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 WIDTH = 120
 MIN_WIDTH = 80
+_LONG_MODULE = 36
 _REASONS_IN_ONE_LINE = 4
 _SHORT_DTYPE = {
     "bfloat16": "bf16",
@@ -107,7 +108,7 @@ def renderable(report: ExplainReport | Sequence[GraphReport]) -> RenderableType:
 
 
 def totals(graphs: Sequence[GraphReport]) -> str:
-    """One line: how many sites are fused, and what the fused ones cost before and after."""
+    """One line: how many sites are fused, and what those cost before and after ("kept" is for backward)."""
     sites = [site for graph in graphs for site in graph.sites]
     if not sites:
         nodes = sum(graph.nodes for graph in graphs)
@@ -131,7 +132,7 @@ def _graphs(subject: str, graphs: list[GraphReport]) -> list[RenderableType]:
     targets = ", ".join(dict.fromkeys(g.target for g in graphs))
     nodes = sum(g.nodes for g in graphs)
     size = f"{_plural(len(graphs), 'graph')}, {nodes} nodes"
-    title = " · ".join(filter(None, (subject, modes, f"target {targets}", size)))
+    title = ", ".join(filter(None, (subject, modes, f"target {targets}", size)))
     parts: list[RenderableType] = [Text(title, style="bold")]
     grouped = rows(site for graph in graphs for site in graph.sites)
     if grouped:
@@ -146,23 +147,34 @@ def _graphs(subject: str, graphs: list[GraphReport]) -> list[RenderableType]:
 
 def _table(grouped: list[Row]) -> Table:
     table = Table(box=box.HORIZONTALS, header_style="bold", pad_edge=False, show_lines=True)
-    table.add_column("op, status")
-    table.add_column("count", justify="right")
-    table.add_column("where", overflow="fold", ratio=3)
-    table.add_column("tensor, parameters", overflow="fold", ratio=2)
-    table.add_column("saved per site, or why not", overflow="fold", ratio=3)
-    table.add_column("error, ulp", overflow="fold")
+    table.add_column("op", min_width=11)
+    table.add_column("sites", justify="right")
+    table.add_column("where", overflow="fold", ratio=9)
+    table.add_column("tensor", overflow="fold", ratio=6)
+    table.add_column("each saves / why not", overflow="fold", ratio=7)
+    table.add_column("error in ulp", overflow="fold")
     for row in grouped:
         site = row.site
         table.add_row(
             Text.assemble((site.op, "bold"), "\n", (_words(site.status), _STYLE.get(site.status, "yellow"))),
             str(row.count),
-            Text("\n".join(filter(None, (row.module, place(site) if site.file else "")))),
+            Text("\n".join(_where(row))),
             Text("\n".join(_tensor(site))),
             Text("\n".join(_outcome(site))),
             Text("\n".join(_errors(site.proof))),
         )
     return table
+
+
+def _where(row: Row) -> list[str]:
+    """The module's path, its last name on a line of its own where it is long, and the line of code."""
+    module = row.module or ""
+    if len(module) > _LONG_MODULE and "." in module:
+        head, _, tail = module.rpartition(".")
+        lines = [head + ".", tail]
+    else:
+        lines = [module]
+    return [line for line in (*lines, place(row.site) if row.site.file else "") if line]
 
 
 def _tensor(site: SiteReport) -> list[str]:
@@ -172,7 +184,7 @@ def _tensor(site: SiteReport) -> list[str]:
     if path and path != [short_dtype(site.dtype)]:
         lines.append("via " + " > ".join(short_dtype(d) for d in site.rounding))
     if site.params:
-        lines.append(" ".join(f"{k}={v}" for k, v in site.params.items()))
+        lines.append(" ".join(f"{k}={short_dtype(v)}" for k, v in site.params.items()))
     return [line for line in lines if line]
 
 
@@ -188,10 +200,10 @@ def _saved(before: Cost, after: Cost) -> list[str]:
     lines = [f"ops {before.ops} -> {after.ops}"] if before.ops or after.ops else []
     for what, old, new in (
         ("moved", before.bytes_moved, after.bytes_moved),
-        ("kept for backward", before.bytes_saved, after.bytes_saved),
+        ("kept", before.bytes_saved, after.bytes_saved),
     ):
         if old or new:
-            lines.append(f"{what} {about}{human_bytes(old)} -> {about}{human_bytes(new)}")
+            lines.append(f"{what} {about}{human_bytes(old, new)}")
     return lines
 
 
@@ -230,14 +242,11 @@ def _stop(item: Break | Failure) -> RenderableType:
 # --------------------------------------------------------------------------------------------------- helpers
 
 
-def human_bytes(count: int) -> str:
-    """1536 -> "1.54 kB"."""
-    size = float(count)
-    for unit in ("B", "kB", "MB", "GB", "TB"):
-        if abs(size) < 1000 or unit == "TB":
-            break
-        size /= 1000
-    return f"{count} B" if unit == "B" else f"{size:.3g} {unit}"
+def human_bytes(*counts: int) -> str:
+    """1536 as "1.54 kB"; several as "1.54 -> 0.2 kB", in the unit of the largest."""
+    units = ("B", "kB", "MB", "GB", "TB")
+    power = min((len(str(max(map(abs, counts), default=0))) - 1) // 3, len(units) - 1)
+    return " -> ".join(f"{count / 1000**power:.3g}" for count in counts) + f" {units[power]}"
 
 
 def short_dtype(dtype: str) -> str:
