@@ -264,6 +264,6 @@ def between(view: View, outputs: Iterable[Node], inputs: Iterable[Node], allowed
         if not allowed(node):
             return Between(stopped=node)
         seen.add(node)
-        stack += node.all_input_nodes
+        stack += d.data_inputs(node)
     nodes = tuple(sorted(seen, key=view.position.__getitem__))
     return Between(nodes, tuple((t, n) for t, n in twins.items() if t is not n))

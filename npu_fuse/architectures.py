@@ -24,30 +24,54 @@ BATCH, SEQUENCE, VOCABULARY = 2, 16, 128
 _WIDTH, _HEADS, _HEAD_DIM, _LAYERS = 64, 4, 16, 2
 _MOST_KINDS_OF_LAYERS = 6
 
-# What a configuration field is, by its whole name (first match wins), and its small value. Values only shrink.
+# A configuration field, by its whole name (first match wins), and its small value. Values only shrink.
 _SMALL: tuple[tuple[str, int], ...] = (
     (r"(.*_)?vocab_size(_.*)?|vocab_size_base", VOCABULARY),
     (r"(.*_)?(key_value|kv|key|num_kv|kv_n)_heads", 2),
     (r"(.*_)?(num|n|attention|value|decoder|encoder)_(.*_)?heads?", _HEADS),
-    (r"num_query_groups|num_(local_)?experts?|n_routed_experts|(.*_)num_(local_)?experts?|zero_expert_num", 4),
+    (
+        r"num_query_groups|num_(local_)?experts?|n_routed_experts|(.*_)num_(local_)?experts?|zero_expert_num",
+        4,
+    ),
     (r"num_experts_per_tok(en)?|(.*_)?top_?k(_experts|_blocks)?|moe_k|n_groups", 2),
     (r"n_group|num_expert_group|topk_group|first_k_dense_replace|num_dense_layers|moe_layer_start_index", 1),
     (r"max_window_layers|num_key_value_groups|mamba_n_groups", 1),
-    (r"(num|n|encoder|decoder)_(hidden_|encoder_|decoder_)?layers?|conf_num_hidden_layers|depth|num_blocks|layers", 2),
-    (r"qk_rope_head_dim|rotary_dim|index_topk|d_rel|(.*_)?rank_dim|adapter_rank|time_step_rank|mamba_dt_rank", 8),
+    (
+        r"(num|n|encoder|decoder)_(hidden_|encoder_|decoder_)?layers?|conf_num_hidden_layers|depth|num_blocks|layers",
+        2,
+    ),
+    (
+        r"qk_rope_head_dim|rotary_dim|index_topk|d_rel|(.*_)?rank_dim|adapter_rank|time_step_rank|mamba_dt_rank",
+        8,
+    ),
     (r"qk_head_dim", 24),
     (r"q_lora_rank|router_hidden_size|ple_embed_dim|rel_extent|image_size", 32),
-    (r"(.*_)?head_?dim|(.*_)?(d_head|dim_head|head_size|d_kv|kv_channels|headdim|nope_head_dim|lora_rank)", _HEAD_DIM),
+    (
+        r"(.*_)?head_?dim|(.*_)?(d_head|dim_head|head_size|d_kv|kv_channels|headdim|nope_head_dim|lora_rank)",
+        _HEAD_DIM,
+    ),
     (r"(.*_)?(state_size|d_state|chunk_size|lowrank)|query_pre_attn_scalar|hidden_size_per_layer_input", 16),
     (r"num_position_embeddings", 16),
-    (r"mamba_(n|num)_heads|(.*_)?(sliding_window|window_size)(_size)?|index_block_size|patch_size|laurel_rank", 8),
+    (
+        r"mamba_(n|num)_heads|(.*_)?(sliding_window|window_size)(_size)?|index_block_size|patch_size|laurel_rank",
+        8,
+    ),
     (r"moe_(.*_)?intermediate_size|shared_experts?_intermediate_size|share_expert_dim", _WIDTH),
-    (r"(.*_)?(intermediate|ffn_hidden|feed_forward)_size(_mlp)?|(.*_)?ffn_dim|n_inner|d_ff|dff|dim_ff", 2 * _WIDTH),
+    (
+        r"(.*_)?(intermediate|ffn_hidden|feed_forward)_size(_mlp)?|(.*_)?ffn_dim|n_inner|d_ff|dff|dim_ff",
+        2 * _WIDTH,
+    ),
     (r"mlp_dim|d_inner|mamba_d_ssm|projection_intermediate_size", 2 * _WIDTH),
     (r"(original_)?max_(position_embeddings|seq_len|(source|target)_positions)|n_positions|n_ctx", 128),
     (r"context_length|model_max_length|attention_chunk_size", 128),
-    (r"(.*_)?(hidden|embedding|input|output)_(size|dim)|hidden_size_global|d_model|n_embd|dim|emb_dim", _WIDTH),
-    (r"(.*_)?(embed_dim|proj_dim|projection_dim|output_dim|channels_out|lru_width)|lru_width|output_channels", _WIDTH),
+    (
+        r"(.*_)?(hidden|embedding|input|output)_(size|dim)|hidden_size_global|d_model|n_embd|dim|emb_dim",
+        _WIDTH,
+    ),
+    (
+        r"(.*_)?(embed_dim|proj_dim|projection_dim|output_dim|channels_out|lru_width)|lru_width|output_channels",
+        _WIDTH,
+    ),
 )
 _SPECIAL_TOKENS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 1}
 _DEPTHS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
@@ -71,8 +95,6 @@ def build(
     `full` keeps the configuration's own sizes, else it is reduced. `layers` sets the depth in either case.
     Raises `ArchitectureError`.
     """
-    for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"):
-        os.environ[name] = "1"
     try:
         import transformers
     except ImportError as error:
@@ -101,7 +123,7 @@ def build(
         transformers.logging.set_verbosity(quiet)
 
 
-# ------------------------------------------------------------------------------------------ which architecture
+# ----------------------------------------------------------------------------------------- which architecture
 
 
 def _find(transformers: Any, target: str) -> tuple[Any, Any]:
@@ -111,7 +133,11 @@ def _find(transformers: Any, target: str) -> tuple[Any, Any]:
         named = [getattr(transformers, name, None) for name in config.architectures or ()]
         return next(filter(None, named), None) or _class_for(transformers, config.model_type), config
     cls = getattr(transformers, target, None)
-    if inspect.isclass(cls) and hasattr(cls, "config_class") and issubclass(cls, transformers.PreTrainedModel):
+    if (
+        inspect.isclass(cls)
+        and hasattr(cls, "config_class")
+        and issubclass(cls, transformers.PreTrainedModel)
+    ):
         return cls, cls.config_class()
     if target in transformers.CONFIG_MAPPING:
         return _class_for(transformers, target), transformers.CONFIG_MAPPING[target]()
@@ -179,7 +205,7 @@ def _small_fields(config: Any, layers: int | None = None) -> dict[str, Any]:
     if isinstance(rope, dict):
         made["rope_parameters"] = _small_rope(rope, made.get("head_dim") or _HEAD_DIM)
     for name, sub in subs.items():
-        if hasattr(sub, "to_dict"):
+        if sub is not None and hasattr(sub, "to_dict"):
             made[name] = {**_small_fields(sub, layers), "model_type": sub.model_type}
     return made
 

@@ -176,6 +176,16 @@ def tensors_in(node: Node) -> list[Node]:
     return found
 
 
+LIKE_ANOTHER = frozenset(("view_as", "reshape_as", "expand_as"))
+
+
+def data_inputs(node: Node) -> list[Node]:
+    """The operands whose values matter: `x.type_as(y)` and `x.view_as(y)` read no value of y."""
+    if node.op.startswith("call") and (name(node) == "cast" or name(node) in LIKE_ANOTHER):
+        return [n for n in node.args[:1] if isinstance(n, Node)]
+    return node.all_input_nodes
+
+
 def constant(arg: Any) -> float | None:
     """A Python number in an operand's place, or None. Bools are no numbers here."""
     if isinstance(arg, (int, float)) and not isinstance(arg, bool):

@@ -47,7 +47,8 @@ def structure_key(site: Site, form: Form, numerics: str) -> str:
     names |= {twin: names[node] for twin, node in site.twins}
     for node in site.nodes:
         names[node] = len(parts)
-        parts.append((_target(node), _encode(node.args, names), _encode(node.kwargs, names), _described(node)))
+        args, kwargs = (node.args, node.kwargs) if d.name(node) != "cast" else (node.args[:1], {})
+        parts.append((_target(node), _encode(args, names), _encode(kwargs, names), _described(node)))
     parts += [names.get(n) for n in (site.output, *site.extra_outputs)]
     return hashlib.sha256(repr(parts).encode()).hexdigest()
 

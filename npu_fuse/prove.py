@@ -325,6 +325,8 @@ def _frozen_epsilon(node: Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -
 def _apply_own(node: Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """In the graph's dtypes. Autocast is explicit: what it made wider was computed wider."""
     recorded = d.tensor(node)
+    if d.name(node) == "cast" and recorded is not None:
+        return args[0].to(recorded.dtype)
     if node.target is operator.setitem or recorded is None:
         return d.function_of(node)(*args, **kwargs)
     dtypes = {a.dtype for a in args if isinstance(a, torch.Tensor)}

@@ -102,15 +102,32 @@ def resized(node: Node, env: Mapping[Node, Any], sizes: Sizes) -> tuple[tuple[An
             return sizes.evaluate(arg.node.expr)
         return arg
 
+    name = d.name(node)
+    if name == "cast":
+        return (look_up(node.args[0]),), {}
+    if name in d.LIKE_ANOTHER:
+        return _like_another(node, look_up(node.args[0]), sizes), {}
     args = tuple(look_up(a) for a in node.args)
     kwargs = {k: look_up(v) for k, v in node.kwargs.items()}
-    fix = _FIXES.get(d.name(node))
+    fix = _FIXES.get(name)
     if fix is None:
         return args, kwargs
     source, result = d.tensor(node.args[0]) if node.args else None, d.tensor(node)
     if source is None or not isinstance(args[0], (torch.Tensor, _HasShape)):
         return args, kwargs
     return fix(args, kwargs, source, result, sizes)
+
+
+def _like_another(node: Node, value: Any, sizes: Sizes) -> tuple[Any, Any]:
+    """`x.view_as(y)`: any tensor of y's new shape will do."""
+    source, result = d.tensor(node.args[0]), d.tensor(node)
+    if source is None or result is None:
+        raise CannotShrink(f"{d.name(node)} of something that is no tensor")
+    if d.name(node) == "expand_as":
+        shape = _expand((value,), {}, source, result, sizes)[0][1]
+    else:
+        shape = regroup(list(source.shape), list(value.shape), list(result.shape), sizes)
+    return value, torch.empty((), dtype=torch.int64).expand(shape)
 
 
 class _HasShape:

@@ -149,7 +149,7 @@ def collect(view: View, output: Node) -> Region | None:
         elif name in BUFFERS and view.mutations.get(view.storage.get(node, -1)):
             below = _written(region, node)
         elif name in FORWARD or name == "neg" or (name in ("mul", "div") and algebra.constant_factor(node)):
-            below = [n for n in d.tensors_in(node) if not d.symbolic_scalar(n)]
+            below = [n for n in d.data_inputs(node) if d.value(n) is not None and not _scalar(n)]
         elif name in ("add", "sub", "rsub") and level == 0 and _plain(node):
             region.sums += 1
             below, next_level = [n for n in d.binary(node) if isinstance(n, Node)], 1
@@ -181,6 +181,11 @@ def collect(view: View, output: Node) -> Region | None:
         return None
     region.nodes.sort(key=view.position.__getitem__)
     return region
+
+
+def _scalar(node: Node) -> bool:
+    """A size or another number: no value is moved out of it."""
+    return d.symbolic_scalar(node) or isinstance(d.value(node), torch.Size)
 
 
 def _plain(node: Node) -> bool:
@@ -235,7 +240,7 @@ def _cone(node: Node, inside: set[Node]) -> list[Node]:
             continue
         found.append(current)
         if current in inside:
-            stack += d.tensors_in(current)
+            stack += d.data_inputs(current)
     return [n for n in found if d.tensor(n) is not None]
 
 
@@ -256,7 +261,7 @@ def turn_of(view: View, region: Region, x: Node) -> Turn | str:
 
 
 def _operands(nodes: list[Node]) -> set[Node]:
-    return {n for node in nodes for n in d.tensors_in(node)}
+    return {n for node in nodes for n in d.data_inputs(node)}
 
 
 def _above(region: Region, same: set[Node]) -> list[Node]:
@@ -269,7 +274,7 @@ def _above(region: Region, same: set[Node]) -> list[Node]:
         if node in needed or node in same or node not in inside:
             continue
         needed.add(node)
-        stack += d.tensors_in(node)
+        stack += d.data_inputs(node)
         stack += [u for u in node.users if u.target is operator.setitem and u.args[0] is node]
     return [n for n in region.nodes if n in needed]
 

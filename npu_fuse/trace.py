@@ -215,6 +215,10 @@ def _move(node: Node, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) 
     if name in ("real", "imag") and isinstance(args[0], Complex):
         return args[0].real if name == "real" else args[0].imag
     function = d.function_of(node)
+    if name == "expand_as":  # through methods that exist for both dialects
+        args, function = (args[0], args[1].shape), torch.Tensor.expand
+    elif name in d.LIKE_ANOTHER:
+        args, function = (args[0], args[1].shape), torch.Tensor.reshape
     if any(isinstance(a, Complex) for a in args) or (
         args and isinstance(args[0], (tuple, list)) and any(isinstance(a, Complex) for a in args[0])
     ):
