@@ -45,7 +45,7 @@ def lower(gm: GraphModule, view: View, accepted: Sequence[Accepted], target: Tar
     emitter = GraphEmitter(gm.graph, target.resolve, fake_mode, {})
     replaced: dict[Node, Node] = {}
     results = []
-    ordered = sorted(accepted, key=lambda a: view.position[_last(view, a.site)])
+    ordered = sorted(accepted, key=lambda a: _place(view, a.site))
     for entry in ordered:
         results.append(_lower_one(emitter, view, entry, replaced))
     for entry in reversed(ordered):
@@ -91,9 +91,16 @@ def _lower_one(emitter: GraphEmitter, view: View, entry: Accepted, replaced: dic
     return Lowered(entry.index, tuple(emitter.made), len(inner))
 
 
+def _place(view: View, site: Site) -> int:
+    """Where the site is written: behind its last node, or at the first of several outputs."""
+    if site.extra_outputs:
+        return min(view.position[n] for n in (site.output, *site.extra_outputs))
+    return view.position[_last(view, site)] + 1
+
+
 def _insertion_point(view: View, site: Site) -> Node:
     if site.extra_outputs:
-        return min((site.output, *site.extra_outputs), key=view.position.__getitem__)
+        return view.nodes[_place(view, site)]
     return _last(view, site).next
 
 

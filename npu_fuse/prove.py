@@ -122,10 +122,12 @@ def _prove(site: Site, form: Form, numerics: str) -> Verdict:
     errors = _Errors()
     done = 0
     try:
-        for index, probe in enumerate(PROBES):
-            _run_probe(site, form, probe, index, errors)
-            done += 1
-        _judge_accuracy(site, errors, numerics)
+        for emit in (form.emit, *form.also):
+            errors = _Errors()
+            for index, probe in enumerate(PROBES):
+                _run_probe(site, replace(form, emit=emit), probe, index, errors)
+                done += 1
+            _judge_accuracy(site, errors, numerics)
     except _Fails as failure:
         return Verdict(False, str(failure), _facts(errors, done))
     except CannotShrink as problem:

@@ -30,6 +30,8 @@ class Form:
     emit: Emit
     key: tuple[Any, ...] = ()
     """What `emit` depends on besides the inputs: part of the proof's key."""
+    also: tuple[Emit, ...] = ()
+    """Other roundings of the same kernel (its tiling decides): each must pass the proof as well."""
 
 
 @dataclass(frozen=True)
@@ -52,6 +54,8 @@ class Site:
     """Further nodes that the fused op computes too (the sum of add + RMSNorm); `emit` returns a tuple."""
     twins: tuple[tuple[Node, Node], ...] = ()
     """Nodes that the original reads in an input's place: they compute the same value once more."""
+    replaces: Site | None = None
+    """The simpler site that this one contains: it is taken where this one is refused."""
     facts: Mapping[str, Any] = field(default_factory=dict)
     """What targets ask: dtype, gamma, operands that have to be concatenated…"""
 

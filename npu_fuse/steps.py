@@ -63,6 +63,7 @@ def recognise(view: View, rules: Iterable[Rule], options: Options, training: boo
                 for node in candidate.site.nodes:
                     view.claimed.setdefault(node, rule.name)
                 view.outputs.add(candidate.site.output)
+                view.found.append(candidate.site)
             found.append(candidate)
     return found
 
@@ -86,12 +87,16 @@ def _candidate(view: View, op: str, result: Site | Miss, options: Options) -> Ca
     return made
 
 
-def prove(candidates: Sequence[Candidate], rules: Iterable[Rule], options: Options, target: Target, disk: Any) -> None:
+def prove(
+    candidates: list[Candidate], rules: Iterable[Rule], options: Options, target: Target, disk: Any
+) -> None:
     """The first form that the target runs and the proof accepts; else a refusal that says why."""
     limits = {rule.name: rule.limits for rule in rules}
-    for candidate in candidates:
+    composed_first = sorted(candidates, key=lambda c: c.site is None or c.site.replaces is None)
+    contained: set[int] = set()
+    for candidate in composed_first:
         site = candidate.site
-        if site is None or candidate.status is not Status.FUSED:
+        if site is None or candidate.status is not Status.FUSED or id(site) in contained:
             continue
         reasons: list[tuple[Status, str, str]] = []
         for form in site.forms:
@@ -112,9 +117,12 @@ def prove(candidates: Sequence[Candidate], rules: Iterable[Rule], options: Optio
                 candidate.notes += verdict.notes
                 break
             reasons.append((Status.REFUSED_BY_PROOF, f"{site.op}.proof", f"form '{form.name}': {verdict.reason}"))
+        if candidate.form is not None and site.replaces is not None:
+            contained.add(id(site.replaces))
         if candidate.form is None:
             # The last form is the one that keeps most of the original's digits: its reason tells most.
             candidate.refuse(*(reasons[-1] if reasons else (Status.MISSED, "no_form", "no form of the op fits")))
+    candidates[:] = [c for c in candidates if c.site is None or id(c.site) not in contained]
 
 
 def put_in(gm: GraphModule, view: View, candidates: Sequence[Candidate], target: Target) -> None:

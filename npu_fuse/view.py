@@ -17,6 +17,7 @@ import torch
 from torch.fx import Graph, Node
 
 from npu_fuse import dialect as d
+from npu_fuse.sites import Site
 
 NUMBERED = d.MOVEMENT | d.POINTWISE | d.REDUCTIONS | {"cast", "rms_norm", "normalize", "detach", "polar"}
 
@@ -49,6 +50,8 @@ class View:
     """The nodes that share each mutated storage."""
     claimed: dict[Node, str] = field(default_factory=dict)
     """Nodes inside a site found by an earlier rule, and the rule's name."""
+    found: list[Site] = field(default_factory=list)
+    """Sites found so far, for rules that compose them."""
     outputs: set[Node] = field(default_factory=set)
     """Outputs of sites found so far: values that a later rule takes as they are."""
     memo: dict[Hashable, Any] = field(default_factory=dict)
