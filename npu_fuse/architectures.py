@@ -1,28 +1,27 @@
 """A transformers architecture with random weights, small enough to be built and captured in seconds.
 
 `build` takes a model type ("llama"), a class name ("LlamaForCausalLM"), a folder or a config.json. It never
-goes to the network. The reducer knows kinds of configuration fields (widths, depths, counts of heads and
-experts), not models: where a model wants a relation between its fields that the reducer breaks, it says so
-and asks for a config.json, which `full=True` takes as it is.
+goes to the network. Where no small configuration works, it says so and asks for a config.json, which
+`full=True` takes as it is.
 """
 
 from __future__ import annotations
 
-import copy
 import difflib
 import inspect
 import os
-import re
-from collections.abc import Mapping
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 
 from npu_fuse.errors import NpuFuseError
+from npu_fuse.small_config import attempts, set_depth
 
-BATCH, SEQUENCE, VOCABULARY = 2, 16, 128
-_WIDTH, _HEADS, _HEAD_DIM, _LAYERS = 64, 4, 16, 2
-_MOST_KINDS_OF_LAYERS = 6
+BATCH, SEQUENCE = 2, 16
+MOST_PARAMETERS = 300_000_000
+"""A reduced model with more is not tried: it would take longer to fill with random numbers than to read."""
+
 
 class ArchitectureError(NpuFuseError):
     """The architecture is unknown, or cannot be built or fed."""
@@ -52,21 +51,33 @@ def build(
     transformers.logging.set_verbosity_error()
     try:
         cls, config = _find(transformers, target)
-        return _build(cls, config if full else _reduced(config, layers), full, layers, dtype, seed)
+        config = _config_of(cls, config)
+        if not full:
+            return _first_that_runs(cls, attempts(config, layers), dtype, seed)
+        if layers:
+            set_depth(config, layers)
+        return _build(cls, config, dtype, seed)
     except ArchitectureError:
         raise
     except Exception as error:
-        remedy = (
-            "give a config.json that transformers accepts"
-            if full
-            else "write a config.json with small sizes that fit together, and give it with --full"
-        )
+        size = "at full size" if full else "small"
         raise ArchitectureError(
-            f"cannot build {target!r} {'at full size' if full else 'small'}: {type(error).__name__}: {error}",
-            remedy=remedy + "; or give package.module:callable",
+            f"cannot build {target!r} {size}: {type(error).__name__}: {str(error).strip()}",
+            remedy=_remedy(error, full),
         ) from error
     finally:
         transformers.logging.set_verbosity(quiet)
+
+
+def _remedy(error: Exception, full: bool) -> str:
+    if isinstance(error, ImportError):
+        return "install what is missing; or give package.module:callable that returns (model, inputs)"
+    if full:
+        return "give a config.json that transformers accepts, or package.module:callable"
+    return (
+        "write a config.json with small sizes that fit together and give it with --full; "
+        "or give package.module:callable that returns (model, inputs)"
+    )
 
 
 # ----------------------------------------------------------------------------------------- which architecture
@@ -77,7 +88,7 @@ def _find(transformers: Any, target: str) -> tuple[Any, Any]:
     if os.path.exists(target):
         config = transformers.AutoConfig.from_pretrained(target, local_files_only=True)
         named = [getattr(transformers, name, None) for name in config.architectures or ()]
-        return next(filter(None, named), None) or _class_for(transformers, config.model_type), config
+        return next(filter(None, named), None) or _class_for(transformers, config), config
     cls = getattr(transformers, target, None)
     if (
         inspect.isclass(cls)
@@ -86,14 +97,19 @@ def _find(transformers: Any, target: str) -> tuple[Any, Any]:
     ):
         return cls, cls.config_class()
     if target in transformers.CONFIG_MAPPING:
-        return _class_for(transformers, target), transformers.CONFIG_MAPPING[target]()
+        config = transformers.CONFIG_MAPPING[target]()
+        return _class_for(transformers, config), config
     raise ArchitectureError(f"no architecture is called {target!r}", remedy=_nearest(transformers, target))
 
 
-def _class_for(transformers: Any, model_type: str) -> Any:
-    """The most useful class of a model type: with a language head where there is one."""
+def _class_for(transformers: Any, config: Any) -> Any:
+    """The most useful class for a configuration: with a language head where there is one."""
+    model_type, encoder_decoder = config.model_type, getattr(config, "is_encoder_decoder", False)
     auto = transformers.models.auto.modeling_auto
-    for task in ("FOR_CAUSAL_LM", "FOR_IMAGE_TEXT_TO_TEXT", "FOR_SEQ_TO_SEQ_CAUSAL_LM", "FOR_MASKED_LM", ""):
+    tasks = ["FOR_CAUSAL_LM", "FOR_IMAGE_TEXT_TO_TEXT", "FOR_SEQ_TO_SEQ_CAUSAL_LM", "FOR_SPEECH_SEQ_2_SEQ"]
+    if encoder_decoder:
+        tasks.reverse()
+    for task in (*tasks, "FOR_MASKED_LM", ""):
         names = getattr(auto, f"MODEL_{task}_MAPPING_NAMES".replace("__", "_")).get(model_type)
         for name in (names,) if isinstance(names, str) else names or ():
             if hasattr(transformers, name):
@@ -122,17 +138,40 @@ def _nearest(transformers: Any, target: str) -> str:
 # ------------------------------------------------------------------------------------------- model and inputs
 
 
-def _build(
-    cls: Any, config: Any, full: bool, layers: int | None, dtype: torch.dtype, seed: int
-) -> tuple[torch.nn.Module, dict[str, Any]]:
+def _config_of(cls: Any, config: Any) -> Any:
+    """The part of a multimodal configuration that `cls` is made from: all of it, or its text part."""
     wanted = getattr(cls, "config_class", None)
-    if wanted is not None and not isinstance(config, wanted):  # a text model of a multimodal configuration
-        subs = [getattr(config, name, None) for name in getattr(config, "sub_configs", {})]
-        config = next((sub for sub in subs if isinstance(sub, wanted)), config)
-    if full and layers:
-        for name in _DEPTHS + _ENCODER_DECODER_DEPTHS:
-            if isinstance(getattr(config, name, None), int):
-                setattr(config, name, layers)
+    if wanted is None or isinstance(config, wanted):
+        return config
+    parts = [getattr(config, name, None) for name in getattr(config, "sub_configs", {})]
+    return next((part for part in parts if isinstance(part, wanted)), config)
+
+
+def _first_that_runs(
+    cls: Any, configs: Iterator[Any], dtype: torch.dtype, seed: int
+) -> tuple[torch.nn.Module, dict[str, Any]]:
+    """Raises what the first, smallest attempt raised if none runs."""
+    first: Exception | None = None
+    while True:
+        try:
+            config = next(configs)
+            with torch.device("meta"):
+                size = sum(parameter.numel() for parameter in cls(config).parameters())
+            if size > MOST_PARAMETERS:
+                raise ValueError(f"{size} parameters, more than {MOST_PARAMETERS}")
+            model, inputs = _build(cls, config, dtype, seed)
+            with torch.no_grad(), torch.random.fork_rng(devices=[]):
+                model(**inputs)
+            return model, inputs
+        except StopIteration:
+            break
+        except Exception as error:
+            first = first or error
+    assert first is not None
+    raise first
+
+
+def _build(cls: Any, config: Any, dtype: torch.dtype, seed: int) -> tuple[torch.nn.Module, dict[str, Any]]:
     if hasattr(config, "use_cache"):
         config.use_cache = False
     with torch.random.fork_rng(devices=[]):
@@ -142,29 +181,38 @@ def _build(
 
 
 def _inputs(model: Any, config: Any, dtype: torch.dtype) -> dict[str, Any]:
-    """Token ids, or what the model's main input is; and the decoder's tokens where it has a decoder."""
+    """Token ids, images or sound, as the model's main input and its other required arguments want."""
     takes = inspect.signature(model.forward).parameters
-    main = getattr(model, "main_input_name", "input_ids")
-    tokens = torch.randint(3, 38, (BATCH, SEQUENCE))
-    made: dict[str, Any] = {}
-    if main == "pixel_values":
-        size = getattr(config, "image_size", 32)
-        height, width = (size, size) if isinstance(size, int) else size
-        made[main] = torch.randn(BATCH, getattr(config, "num_channels", 3), height, width, dtype=dtype)
-    elif main == "input_features":
-        frames = 2 * getattr(config, "max_source_positions", 64)
-        made[main] = torch.randn(BATCH, getattr(config, "num_mel_bins", 80), frames, dtype=dtype)
-    elif main == "input_values":
-        made[main] = torch.randn(BATCH, 4000, dtype=dtype)
-    elif main in ("input_ids", "inputs_embeds") or "input_ids" in takes:
-        made["input_ids"] = tokens
-    else:
+    required = {
+        name for name, p in takes.items() if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD
+    }
+    wanted = {getattr(model, "main_input_name", "input_ids"), *required, *({"input_ids"} & set(takes))}
+    if "decoder_input_ids" in takes and getattr(config, "is_encoder_decoder", False):
+        wanted.add("decoder_input_ids")
+    tensors = {name: _input(name, config, dtype) for name in sorted(wanted)}
+    made: dict[str, Any] = {name: value for name, value in tensors.items() if value is not None}
+    if not made:
         raise ArchitectureError(
-            f"{type(model).__name__} takes {main!r}, for which no input is made here",
+            f"{type(model).__name__} takes {', '.join(sorted(wanted))}, for which no input is made here",
             remedy="give package.module:callable that returns (model, inputs)",
         )
-    if "decoder_input_ids" in takes and getattr(config, "is_encoder_decoder", False):
-        made["decoder_input_ids"] = tokens.clone()
     if "use_cache" in takes:
         made["use_cache"] = False
     return made
+
+
+def _input(name: str, config: Any, dtype: torch.dtype) -> torch.Tensor | None:
+    """Random values for an argument of `forward`, by its name; None where the name says nothing."""
+    part = getattr(config, "vision_config", None) or getattr(config, "audio_config", None) or config
+    if name.endswith("input_ids"):
+        return torch.randint(3, 38, (BATCH, SEQUENCE))
+    if name == "pixel_values":
+        size = getattr(part, "image_size", 32)
+        height, width = (size, size) if isinstance(size, int) else size
+        return torch.randn(BATCH, getattr(part, "num_channels", 3), height, width, dtype=dtype)
+    if name == "input_features":
+        frames = 2 * getattr(part, "max_source_positions", 64)
+        return torch.randn(BATCH, getattr(part, "num_mel_bins", 80), frames, dtype=dtype)
+    if name == "input_values":
+        return torch.randn(BATCH, 4000, dtype=dtype)
+    return None

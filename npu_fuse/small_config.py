@@ -28,7 +28,10 @@ _SMALL: tuple[tuple[str, int], ...] = (
         4,
     ),
     (r"num_experts_per_tok(en)?|(.*_)?top_?k(_experts|_blocks)?|moe_k|n_groups", 2),
-    (r"n_group|num_expert_group|topk_group|first_k_dense_replace|num_dense_layers|moe_layer_start_index", 1),
+    (
+        r"n_group|n_shared_experts|num_shared_experts?|num_expert_group|topk_group|first_k_dense_replace|num_dense_layers|moe_layer_start_index",
+        1,
+    ),
     (r"max_window_layers|num_key_value_groups|mamba_n_groups", 1),
     (
         r"(num|n|encoder|decoder)_(hidden_|encoder_|decoder_)?layers?|conf_num_hidden_layers|depth|num_blocks|layers",
@@ -71,9 +74,11 @@ _SPECIAL_TOKENS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "dec
 _DEPTHS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
 _ENCODER_DECODER_DEPTHS = ("encoder_layers", "decoder_layers", "num_encoder_layers", "num_decoder_layers")
 # Where None is the default and the model wants a number all the same.
-_NEVER_NONE = re.compile(r"head_dim|.*experts.*|.*top_?k.*|n_group")
+_NEVER_NONE = re.compile(r"head_dim|.*experts.*|moe_intermediate_size|.*top_?k.*|n_group")
 _KEEPS_HEADS = re.compile(r".*head_?dim|.*(d_head|dim_head|head_size|kv_channels|headdim)")
-_COUNTS_ONLY = re.compile(r".*layers?|depth|num_blocks|.*vocab_size.*|.*num_(local_)?experts?|n_routed_experts")
+_COUNTS_ONLY = re.compile(
+    r".*layers?|depth|num_blocks|.*vocab_size.*|.*num_(local_)?experts?|n_routed_experts"
+)
 
 
 def attempts(config: Any, layers: int | None) -> Iterator[Any]:
@@ -200,5 +205,3 @@ def _small_rope(rope: dict[str, Any], head_dim: int) -> dict[str, Any]:
             count = len(part["mrope_section"])
             part["mrope_section"] = [half - half // count * (count - 1)] + [half // count] * (count - 1)
     return made
-
-
