@@ -21,7 +21,7 @@ _POLL_SECONDS = 0.05
 def isolated(
     fn: Callable[[str], Result], items: Sequence[str], timeout: float = 120.0, processes: int = 2
 ) -> Iterator[tuple[str, Result]]:
-    """Yield (item, fn(item)) as children finish; a failure is {"error": ..., "where": ...}, never an exception."""
+    """Yield (item, fn(item)) as children finish; a failure is {"error": ..., "where": ...} not raised."""
     todo = list(items)
     live: dict[str, tuple[BaseProcess, Connection, float]] = {}
     try:

@@ -122,7 +122,7 @@ def randomise(model: nn.Module, seed: int) -> None:
     rng = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, p in model.named_parameters():
-            if p.is_floating_point() and not _keeps_init(name.lower()):
+            if p.is_floating_point() and p.requires_grad and not _keeps_init(name.lower()):
                 _randomise_one(name.lower(), p, rng)
 
 
@@ -152,7 +152,7 @@ def _model_class(name: str) -> type[nn.Module]:
 
 
 def _fit(cls: type, cfg: Any, causal: bool) -> Any:
-    """The part of `cfg` that `cls` takes (a causal class of a larger model wants the text part), as a decoder."""
+    """The part of `cfg` that `cls` takes (a causal class may want the text part), set up as a decoder."""
     want = getattr(cls, "config_class", None)
     if want is not None and not isinstance(cfg, want):
         parts = [getattr(cfg, key, None) for key in getattr(cfg, "sub_configs", {})]

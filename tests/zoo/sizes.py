@@ -11,17 +11,17 @@ def _all(value: int, keys: str) -> dict[str, int]:
 
 WIDTHS = _all(
     64,
-    """hidden_size d_model n_embd dim embed_dim lru_width embedding_size hidden_size_global word_embed_proj_dim
-    out_hidden_size text_hidden_size encoder_hidden_size projection_dim input_embedding_size
-    output_embedding_size vision_output_dim emb_dim backbone_hidden_size projector_hidden_size audio_embed_dim
-    decoder_hidden_size entity_embed_dim embedding_dim input_size output_channels
-    moe_intermediate_size shared_expert_intermediate_size moe_shared_expert_intermediate_size share_expert_dim
-    shared_experts_intermediate_size""",
+    """hidden_size d_model n_embd dim embed_dim lru_width embedding_size hidden_size_global
+    word_embed_proj_dim out_hidden_size text_hidden_size encoder_hidden_size projection_dim
+    input_embedding_size output_embedding_size vision_output_dim emb_dim backbone_hidden_size
+    projector_hidden_size audio_embed_dim decoder_hidden_size entity_embed_dim embedding_dim
+    input_size output_channels moe_intermediate_size shared_expert_intermediate_size
+    moe_shared_expert_intermediate_size share_expert_dim shared_experts_intermediate_size""",
 ) | _all(
     128,
     """intermediate_size ffn_dim n_inner ffn_hidden_size encoder_ffn_dim decoder_ffn_dim d_ff dff dim_ff
-    shared_intermediate_size intermediate_size_mlp dense_intermediate_size feed_forward_size mlp_dim d_inner
-    expert_ffn_hidden_size projection_intermediate_size mamba_d_ssm""",
+    shared_intermediate_size intermediate_size_mlp dense_intermediate_size feed_forward_size mlp_dim
+    d_inner expert_ffn_hidden_size projection_intermediate_size mamba_d_ssm""",
 )
 
 DEPTHS = _all(
@@ -32,9 +32,10 @@ DEPTHS = _all(
 
 HEADS = _all(
     4,
-    """num_attention_heads n_head n_heads num_heads encoder_attention_heads decoder_attention_heads attention_heads
-    num_encoder_attention_heads num_decoder_attention_heads swa_num_attention_heads num_sliding_attention_heads
-    linear_num_value_heads linear_num_heads index_n_heads conf_num_attention_heads num_query_groups""",
+    """num_attention_heads n_head n_heads num_heads encoder_attention_heads decoder_attention_heads
+    attention_heads num_encoder_attention_heads num_decoder_attention_heads swa_num_attention_heads
+    num_sliding_attention_heads linear_num_value_heads linear_num_heads index_n_heads
+    conf_num_attention_heads num_query_groups""",
 ) | _all(
     2,
     """num_key_value_heads num_kv_heads kv_n_heads swa_num_key_value_heads linear_num_key_heads
@@ -43,9 +44,10 @@ HEADS = _all(
 
 HEAD_WIDTHS = _all(
     16,
-    """head_dim kv_channels attention_head_dim d_kv dim_head d_head swa_head_dim v_head_dim linear_key_head_dim
-    linear_value_head_dim linear_head_dim index_head_dim global_head_dim attention_head_size swa_v_head_dim
-    query_pre_attn_scalar qk_nope_head_dim kv_lora_rank o_lora_rank""",
+    """head_dim kv_channels attention_head_dim d_kv dim_head d_head swa_head_dim v_head_dim
+    linear_key_head_dim linear_value_head_dim linear_head_dim index_head_dim global_head_dim
+    attention_head_size swa_v_head_dim query_pre_attn_scalar qk_nope_head_dim kv_lora_rank
+    o_lora_rank""",
 ) | {"qk_rope_head_dim": 8, "qk_head_dim": 24, "q_lora_rank": 32, "rotary_dim": 8}
 
 LENGTHS = (
@@ -134,12 +136,12 @@ DEPTH_KEYS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
 
 # Token ids that must fall inside the tiny vocabulary, and differ from each other and from the text's ids.
 TOKEN_ID_KEYS = frozenset(
-    """image_token_id video_token_id audio_token_id vision_start_token_id vision_end_token_id image_token_index
-    video_token_index audio_token_index image_start_token_id image_end_token_id video_start_token_id
-    video_end_token_id boi_token_id eoi_token_id boa_token_id eoa_token_id boi_token_index eoi_token_index
-    eoa_token_index vision_token_id audio_start_token_id audio_end_token_id user_token_id im_start_id im_end_id
-    im_newline_id image_bos_token_id audio_bos_token_id image_patch_id frame_start_token_id frame_end_token_id
-    eod_token_id low_res_image_start_token_id cls_token_id mask_token_id forced_eos_token_id
-    _pad_token_id""".split()
+    """image_token_id video_token_id audio_token_id vision_start_token_id vision_end_token_id
+    image_token_index video_token_index audio_token_index image_start_token_id image_end_token_id
+    video_start_token_id video_end_token_id boi_token_id eoi_token_id boa_token_id eoa_token_id
+    boi_token_index eoi_token_index eoa_token_index vision_token_id audio_start_token_id
+    audio_end_token_id user_token_id im_start_id im_end_id im_newline_id image_bos_token_id
+    audio_bos_token_id image_patch_id frame_start_token_id frame_end_token_id eod_token_id
+    low_res_image_start_token_id cls_token_id mask_token_id forced_eos_token_id _pad_token_id""".split()
 )
 FIRST_TOKEN_ID = 40

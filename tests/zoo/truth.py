@@ -1,0 +1,100 @@
+"""How many fusable computations one eager forward pass holds: the judge that coverage is measured against.
+
+`count(model, inputs)` runs a float32 model once under `flow.Flow` and returns its sites. The engine takes no
+part in this. `truth.json` keeps the reference counts: for the architectures that a second, older counter has
+measured (by hooks, patched functions and tags; "source": "given"), its numbers, else ours ("source": "flow").
+
+    python -m zoo.truth [NAMES...]         (from tests/) count again and print what disagrees with truth.json
+    python -m zoo.truth --write [NAMES...] and store the counts of the architectures that have no given ones
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import click
+import torch
+from torch import nn
+
+from . import catalog
+from .flow import Flow, Site
+from .isolate import isolated
+
+TRUTH = Path(__file__).with_name("truth.json")
+
+# What must be fused: operation -> kinds of site. Everything else that is counted is for information.
+EXPECTED: dict[str, tuple[str, ...]] = {
+    "rms_norm": ("rmsnorm", "rmsnorm_noweight", "rmsnorm_inline", "rmsnorm_gated"),
+    "rotary_mul": ("rope", "rope_inline"),
+    "glu": ("swiglu", "swiglu_in_experts", "swiglu_modified", "geglu", "geglu_in_experts"),
+}
+
+
+def count(model: nn.Module, inputs: Mapping[str, Any]) -> list[Site]:
+    """The sites of one forward pass of a float32 model, calls and not modules."""
+    flow = Flow(model)
+    with torch.no_grad(), flow:
+        model(**inputs)
+    return [_named(site) for site in flow.sites]
+
+
+def _named(site: Site) -> Site:
+    if site.kind == "rmsnorm_scale_only":
+        site.kind = "rmsnorm"
+    elif site.kind == "rmsnorm" and not site.weighted:
+        site.kind = "rmsnorm_noweight"
+    return site
+
+
+def expected(kinds: Mapping[str, int]) -> dict[str, int]:
+    """Counts per kind -> sites to fuse per operation (rms_norm, rotary_mul, glu)."""
+    return {op: sum(kinds.get(kind, 0) for kind in group) for op, group in EXPECTED.items()}
+
+
+def load() -> dict[str, dict[str, Any]]:
+    """truth.json: architecture -> {"source", "kinds", "expected", "where"}."""
+    found: dict[str, dict[str, Any]] = json.loads(TRUTH.read_text()) if TRUTH.exists() else {}
+    return found
+
+
+def measure(name: str) -> dict[str, Any]:
+    """Build architecture `name` and count: {"kinds": counts, "sites": what and where}."""
+    torch.set_num_threads(1)
+    built = catalog.build(name)
+    sites = count(built.model, built.inputs)
+    return {
+        "kinds": dict(sorted(Counter(s.kind for s in sites).items())),
+        "sites": [asdict(s) for s in sites],
+    }
+
+
+@click.command(help=__doc__)
+@click.argument("names", nargs=-1)
+@click.option("--write", is_flag=True, help="Store counts for architectures without given ones.")
+@click.option("--processes", default=2, show_default=True)
+@click.option("--details", type=click.Path(path_type=Path), help="Also write every site to this JSON file.")
+def main(names: tuple[str, ...], write: bool, processes: int, details: Path | None) -> None:
+    truth, sites = load(), {}
+    for name, result in isolated(measure, names or catalog.names(), processes=processes):
+        if "error" in result:
+            click.echo(f"{name}: {result['error'].splitlines()[0]} at {result['where']}")
+            continue
+        sites[name] = result["sites"]
+        known = truth.get(name)
+        if known and expected(known["kinds"]) != expected(result["kinds"]):
+            click.echo(f"{name}: counted {result['kinds']}, truth.json has {known['kinds']}")
+        if not known or known["source"] == "flow":
+            truth[name] = {"source": "flow", "kinds": result["kinds"], "expected": expected(result["kinds"])}
+    if write:
+        TRUTH.write_text(json.dumps(dict(sorted(truth.items())), indent=1) + "\n")
+    if details:
+        details.write_text(json.dumps(sites, indent=1))
+
+
+if __name__ == "__main__":
+    main()
