@@ -10,19 +10,18 @@ from __future__ import annotations
 import copy
 import inspect
 import types
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-
-from npu_fuse import render, report_json
+# Nothing here imports torch before it is needed: `import npu_fuse` must work where torch cannot be loaded.
 from npu_fuse.errors import CaptureError
 from npu_fuse.options import Options, resolve_target
 from npu_fuse.report import GraphReport
 from npu_fuse.stops import Break, Failure, Stops, is_dynamo_error
-from npu_fuse.untouched import dynamo_untouched, model_untouched
+
+if TYPE_CHECKING:
+    from torch.fx import GraphModule
 
 
 @dataclass(frozen=True)
@@ -36,15 +35,21 @@ class ExplainReport:
     failures: tuple[Failure, ...] = ()
 
     def __str__(self) -> str:
-        return render.text(self)
+        from npu_fuse.render import text
+
+        return text(self)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data, as docs/report_format.md describes it."""
-        return report_json.to_dict(self)
+        from npu_fuse.report_json import to_dict
+
+        return to_dict(self)
 
     def to_json(self, indent: int | None = 2) -> str:
         """`to_dict` as JSON text."""
-        return report_json.to_json(self, indent)
+        from npu_fuse.report_json import to_json
+
+        return to_json(self, indent)
 
 
 def explain(
@@ -65,13 +70,18 @@ def explain(
     Raises `OptionError` and `TargetError` for wrong options, `CaptureError` if the model itself cannot run
     with these inputs. What Dynamo cannot do is no error but part of the report.
     """
+    import torch
+
+    from npu_fuse.untouched import dynamo_untouched, mode_for, model_untouched
+
     made = replace(Options.make(options), strict=False)
     resolve_target(made)
     called = _uncompiled(model)
+    subject = str(getattr(called, "__qualname__", type(called).__name__))
     graphs: list[GraphReport] = []
     stops = Stops()
 
-    def capture_only(gm: torch.fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
+    def capture_only(gm: GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
         from npu_fuse.backend import is_training, plan
 
         unchanged = _copy_graph(gm)  # a target that is not here can be planned for, and not run
@@ -79,7 +89,7 @@ def explain(
         graphs.append(replace(found, graph_id=len(graphs)))
         return unchanged.forward
 
-    with model_untouched(called, (args, kwargs)), dynamo_untouched(capture_only), _mode(called, train):
+    with model_untouched(called, (args, kwargs)), dynamo_untouched(capture_only), mode_for(called, train):
         compiled = torch.compile(_wrapper(called), backend=capture_only, dynamic=dynamic, **_isolated())
         with stops.collecting():
             try:
@@ -90,7 +100,7 @@ def explain(
                 stops.fatal(error)
         if stops.has_fatal:
             _check_runs(called, args, kwargs)
-    return ExplainReport(_name(called), train, tuple(graphs), stops.breaks(), stops.failures())
+    return ExplainReport(subject, train, tuple(graphs), stops.breaks(), stops.failures())
 
 
 def _uncompiled(model: Callable[..., Any]) -> Callable[..., Any]:
@@ -112,36 +122,21 @@ def _wrapper(model: Callable[..., Any]) -> Callable[..., Any]:
     return types.FunctionType(code, call.__globals__, call.__name__, None, call.__closure__)
 
 
-def _copy_graph(gm: torch.fx.GraphModule) -> torch.fx.GraphModule:
+def _copy_graph(gm: GraphModule) -> GraphModule:
     """A copy of the graph and its subgraphs that shares every tensor with the original."""
-    tensors = [*gm.parameters(), *gm.buffers()]
+    import torch
+
+    tensors: list[object] = [*gm.parameters(), *gm.buffers()]
     tensors += [value for m in gm.modules() for value in vars(m).values() if isinstance(value, torch.Tensor)]
     return copy.deepcopy(gm, {id(tensor): tensor for tensor in tensors})
 
 
 def _isolated() -> dict[str, Any]:
     """Newer torch keeps the compiled code of one `torch.compile` apart from all others if asked to."""
+    import torch
+
     name = "isolate_recompiles"
     return {name: True} if name in inspect.signature(torch.compile).parameters else {}
-
-
-@contextmanager
-def _mode(model: Callable[..., Any], train: bool) -> Iterator[None]:
-    """Grad mode and training mode; `model_untouched` puts the modules back."""
-    if isinstance(model, torch.nn.Module):
-        if model.training != train:
-            model.train(train)
-        for module in model.modules():
-            if module.__dict__.get("_compiled_call_impl") is not None:  # after model.compile()
-                module.__dict__["_compiled_call_impl"] = None
-    with torch.set_grad_enabled(train):
-        yield
-
-
-def _name(model: Callable[..., Any]) -> str:
-    if isinstance(model, torch.nn.Module):
-        return type(model).__name__
-    return str(getattr(model, "__qualname__", type(model).__name__))
 
 
 def _check_runs(model: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
@@ -154,6 +149,6 @@ def _check_runs(model: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[
 
 def _cannot_run(error: BaseException) -> CaptureError:
     return CaptureError(
-        f"the model cannot run with these inputs: {type(error).__name__}: {render.first_line(str(error))}",
+        f"the model cannot run with these inputs: {type(error).__name__}: {error}",
         remedy="call the model with the same inputs and without torch.compile, and make that work first",
     )

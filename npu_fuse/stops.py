@@ -12,12 +12,6 @@ from dataclasses import dataclass, replace
 from traceback import FrameSummary
 from typing import Any
 
-import torch
-
-_LIBRARY_FOLDERS = tuple(
-    os.path.join(folder, "") for folder in (os.path.dirname(torch.__file__), sysconfig.get_path("stdlib"))
-)
-_PACKAGES = os.path.join(sysconfig.get_path("purelib"), "")
 _OWN_FILE = os.path.join(os.path.dirname(os.path.abspath(__file__)), "explain.py")  # calls the model
 _LOGGED_FUNCTION = re.compile(r"function: '([^']+)' \((.+?):(\d+)\)")
 _ADDRESS = re.compile(r" at 0x[0-9a-f]+")
@@ -168,9 +162,11 @@ def _function(frame: FrameSummary) -> str:
 
 def _in_library(file: str) -> bool:
     """Whether a file belongs to torch or to Python; other packages may hold the model."""
-    return file.startswith(_LIBRARY_FOLDERS[0]) or (
-        file.startswith(_LIBRARY_FOLDERS[1]) and not file.startswith(_PACKAGES)
-    )
+    import torch
+
+    torch_folder = os.path.join(os.path.dirname(torch.__file__), "")
+    python, packages = (os.path.join(sysconfig.get_path(name), "") for name in ("stdlib", "purelib"))
+    return file.startswith(torch_folder) or (file.startswith(python) and not file.startswith(packages))
 
 
 def is_dynamo_error(error: BaseException) -> bool:

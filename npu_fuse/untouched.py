@@ -99,6 +99,22 @@ def _random_states(tensors: Iterable[torch.Tensor]) -> Iterator[None]:
 
 
 @contextmanager
+def mode_for(model: Callable[..., Any], train: bool) -> Iterator[None]:
+    """Grad mode, and a module in training or eval mode and without what `model.compile()` put there.
+
+    Inside of `model_untouched`, which puts modules back.
+    """
+    if isinstance(model, torch.nn.Module):
+        if model.training != train:
+            model.train(train)
+        for module in model.modules():
+            if module.__dict__.get("_compiled_call_impl") is not None:
+                module.__dict__["_compiled_call_impl"] = None
+    with torch.set_grad_enabled(train):
+        yield
+
+
+@contextmanager
 def dynamo_untouched(backend: Callable[..., Any]) -> Iterator[None]:
     """Drop on exit what Dynamo has compiled for `backend`, and nothing that anyone else has compiled.
 
