@@ -144,7 +144,7 @@ def mean_square_of(view: View, node: Node) -> MeanSquare | None:
     passed: list[Node] = []
     node = _through_layout(node, passed)
     name = d.name(node) if node.op.startswith("call") else ""
-    if name == "pow" and d.constant(d.binary(node)[1]) == 2.0 or name == "square":
+    if (name == "pow" and d.constant(d.binary(node)[1]) == 2.0) or name == "square":
         inner = through_casts(d.binary(node)[0] if name == "pow" else d.unary(node))
         if isinstance(inner, Node) and inner.op.startswith("call") and d.name(inner) == "norm":
             found = norm_of(view, inner)

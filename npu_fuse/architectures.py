@@ -90,11 +90,7 @@ def _find(transformers: Any, target: str) -> tuple[Any, Any]:
         named = [getattr(transformers, name, None) for name in config.architectures or ()]
         return next(filter(None, named), None) or _class_for(transformers, config), config
     cls = getattr(transformers, target, None)
-    if (
-        inspect.isclass(cls)
-        and hasattr(cls, "config_class")
-        and issubclass(cls, transformers.PreTrainedModel)
-    ):
+    if inspect.isclass(cls) and hasattr(cls, "config_class") and issubclass(cls, transformers.PreTrainedModel):
         return cls, cls.config_class()
     if target in transformers.CONFIG_MAPPING:
         config = transformers.CONFIG_MAPPING[target]()
@@ -183,9 +179,7 @@ def _build(cls: Any, config: Any, dtype: torch.dtype, seed: int) -> tuple[torch.
 def _inputs(model: Any, config: Any, dtype: torch.dtype) -> dict[str, Any]:
     """Token ids, images or sound, as the model's main input and its other required arguments want."""
     takes = inspect.signature(model.forward).parameters
-    required = {
-        name for name, p in takes.items() if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD
-    }
+    required = {name for name, p in takes.items() if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD}
     wanted = {getattr(model, "main_input_name", "input_ids"), *required, *({"input_ids"} & set(takes))}
     if "decoder_input_ids" in takes and getattr(config, "is_encoder_decoder", False):
         wanted.add("decoder_input_ids")

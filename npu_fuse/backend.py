@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch.fx import GraphModule
 
-
+from npu_fuse import shadow, steps
 from npu_fuse.announce import announce
 from npu_fuse.capture import graphs_of
 from npu_fuse.handoff import hand_off, handoff_name
@@ -19,7 +19,6 @@ from npu_fuse.options import Options
 from npu_fuse.passes import RULES
 from npu_fuse.proof_cache import disk_cache
 from npu_fuse.report import GraphReport, SiteReport, drop, keep
-from npu_fuse import shadow, steps
 from npu_fuse.targets import Target, target_of
 from npu_fuse.view import view_of
 
@@ -82,9 +81,7 @@ def plan(
 
 
 def is_training(example_inputs: Sequence[Any]) -> bool:
-    return torch.is_grad_enabled() and any(
-        isinstance(x, torch.Tensor) and x.requires_grad for x in example_inputs
-    )
+    return torch.is_grad_enabled() and any(isinstance(x, torch.Tensor) and x.requires_grad for x in example_inputs)
 
 
 def _spent(seconds: dict[str, float], step: str, since: float) -> float:

@@ -53,9 +53,7 @@ def _model_options(command: _Command) -> _Command:
         (
             click.argument("model", metavar="TARGET"),
             click.option("--train", is_flag=True, help="With gradients, in training mode; else inference."),
-            click.option(
-                "--dtype", type=click.Choice(DTYPES), help="Of an architecture. [default: bfloat16]"
-            ),
+            click.option("--dtype", type=click.Choice(DTYPES), help="Of an architecture. [default: bfloat16]"),
             click.option("--dynamic", is_flag=True, help="Compile with symbolic sizes."),
             click.option("--full", is_flag=True, help="An architecture at its own sizes instead of tiny."),
             click.option("--layers", type=click.IntRange(1), help="The depth of an architecture."),
@@ -93,9 +91,7 @@ def explain(model: str, as_json: bool, **settings: Any) -> None:
 
 @main.command()
 @_model_options
-@click.option(
-    "--require", required=True, metavar="OP=N,...", help="How many sites of which op must be fused."
-)
+@click.option("--require", required=True, metavar="OP=N,...", help="How many sites of which op must be fused.")
 def check(model: str, require: str, **settings: Any) -> None:
     """Exit with 1, and print the difference, unless exactly the required sites of TARGET are fused.
 

@@ -49,9 +49,7 @@ def _torch() -> Iterator[Finding]:
     except Exception as error:  # torch loads torch_npu by itself, which raises what its libraries raise
         remedy = "install torch 2.10 to 2.14"
         if _installed("torch_npu"):
-            remedy = (
-                "source CANN's set_env.sh, or set TORCH_DEVICE_BACKEND_AUTOLOAD=0 to do without torch_npu"
-            )
+            remedy = "source CANN's set_env.sh, or set TORCH_DEVICE_BACKEND_AUTOLOAD=0 to do without torch_npu"
         yield Finding("torch", "error", f"import torch failed: {type(error).__name__}: {error}", remedy)
         return
     release = _release(torch.__version__)
@@ -94,9 +92,7 @@ def _entry_point() -> Iterator[Finding]:
     if BACKEND in found:
         yield Finding("entry_point", "ok", 'torch.compile(backend="npu_fuse") is registered')
     else:
-        message = (
-            f'torch.compile(backend="npu_fuse") is not registered (found: {", ".join(found) or "nothing"})'
-        )
+        message = f'torch.compile(backend="npu_fuse") is not registered (found: {", ".join(found) or "nothing"})'
         yield Finding("entry_point", "error", message, "pip install npu_fuse into this environment")
 
 
@@ -124,9 +120,7 @@ def _dynamo_off() -> Iterator[tuple[str, str]]:
     config = sys.modules.get("torch._dynamo.config")
     if getattr(config, "disable", False) and os.environ.get("TORCH_COMPILE_DISABLE") != "1":
         yield "torch._dynamo.config.disable is set", "set torch._dynamo.config.disable = False"
-    stance = getattr(
-        getattr(sys.modules.get("torch._dynamo.eval_frame"), "_stance", None), "stance", "default"
-    )
+    stance = getattr(getattr(sys.modules.get("torch._dynamo.eval_frame"), "_stance", None), "stance", "default")
     if stance == "force_eager":
         yield (
             "torch.compiler.set_stance('force_eager') is in force",
@@ -171,9 +165,7 @@ def _internal_format() -> Iterator[Finding]:
     text = value.decode() if isinstance(value, bytes) else str(value)
     if text == "enable":
         message = "torch.npu.config.allow_internal_format is on: some ops then cannot be captured in a graph"
-        yield Finding(
-            "internal_format", "warning", message, "set torch.npu.config.allow_internal_format = False"
-        )
+        yield Finding("internal_format", "warning", message, "set torch.npu.config.allow_internal_format = False")
     else:
         yield Finding("internal_format", "ok", f"allow_internal_format: {text or 'not set'}")
 

@@ -14,19 +14,25 @@ from torch.fx import Graph, Node
 
 from npu_fuse import dialect as d
 from npu_fuse import ops
+from npu_fuse.targets import REFERENCE, Target
 
 if TYPE_CHECKING:
     from torch._subclasses.fake_tensor import FakeTensorMode
 
 
 class Emitter(Protocol):
-    """What a form may do."""
+    """What a form may do. `target` says for whom it is written; a form may differ between targets."""
+
+    target: Target
 
     def call(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Any torch function."""
 
     def fused(self, name: str, *args: Any, **kwargs: Any) -> Any:
         """The target's op of that name."""
+
+    def dense(self, value: Any) -> Any:
+        """Contiguous where the target's op would not keep the strides that its meta kernel promises."""
 
     def cast(self, value: Any, dtype: torch.dtype) -> Any:
         """A rounding mark: lifted to float64 in the proof of equal functions."""
@@ -41,14 +47,18 @@ class Emitter(Protocol):
 class RunEmitter:
     """Runs a form on tensors with the reference ops. `lifted` computes everything in float64."""
 
-    def __init__(self, lifted: bool = False) -> None:
+    def __init__(self, lifted: bool = False, target: Target = REFERENCE) -> None:
         self.lifted = lifted
+        self.target = target
 
     def call(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         return function(*args, **kwargs)
 
     def fused(self, name: str, *args: Any, **kwargs: Any) -> Any:
         return ops.op(name)(*args, **kwargs)
+
+    def dense(self, value: Any) -> Any:
+        return value
 
     def cast(self, value: Any, dtype: torch.dtype) -> Any:
         return value.to(torch.float64 if self.lifted else dtype)
@@ -64,10 +74,10 @@ class GraphEmitter:
     """Writes a form as nodes of the graph, behind `after`; shared values right behind what they need."""
 
     def __init__(
-        self, graph: Graph, resolve: Callable[[str], Any], fake_mode: FakeTensorMode | None, memo: dict[Hashable, Node]
+        self, graph: Graph, target: Target, fake_mode: FakeTensorMode | None, memo: dict[Hashable, Node]
     ) -> None:
         self.graph = graph
-        self.resolve = resolve
+        self.target = target
         self.fake_mode = fake_mode
         self.memo = memo
         self.origin: Node | None = None
@@ -92,13 +102,19 @@ class GraphEmitter:
     def _fake(self, node: Node, function: Callable[..., Any], args: Any, kwargs: Any) -> None:
         if self.fake_mode is None:
             return
-        values = torch.fx.node.map_arg(args, lambda n: d.value(n))
-        named = torch.fx.node.map_arg(kwargs, lambda n: d.value(n))
+        values = torch.fx.node.map_arg(args, d.value)
+        named = torch.fx.node.map_arg(kwargs, d.value)
         with self.fake_mode, torch.no_grad():
             node.meta["example_value"] = function(*values, **named)
 
     def fused(self, name: str, *args: Any, **kwargs: Any) -> Any:
-        return self.call(self.resolve(name), *args, **kwargs)
+        return self.call(self.target.resolve(name), *args, **kwargs)
+
+    def dense(self, value: Any) -> Any:
+        found = d.tensor(value)
+        if self.target.name != "npu" or found is None or found.is_contiguous():
+            return value
+        return self.call(torch.Tensor.contiguous, value)
 
     def cast(self, value: Any, dtype: torch.dtype) -> Any:
         found = d.tensor(value)

@@ -127,7 +127,7 @@ def _finished(view: View, product: Node, act: Activation, up: Node) -> Gate | tu
             return product, (
                 f"the gate is clamped at {high:g} and up to [{up_low:g}, {up_high:g}], the op clamps both at one limit"
             )
-        inner, passed_up = inner, ()
+        passed_up = ()
     if bias != 0.0 and high == math.inf and not passed_up and act.alpha == 1.0:
         # `1 + u` may be a value of its own: without clamp or scale it is just the other factor.
         bias, inner, passed_bias = 0.0, up, ()
@@ -270,7 +270,9 @@ def _sigmoid_of(view: View, node: Any) -> tuple[float, Node, tuple[Node, ...]] |
     return _with(_denominator_of(view, current), tuple(passed))
 
 
-def _with(found: Any, nodes: tuple[Node, ...]) -> Any:
+def _with(
+    found: tuple[float, Node, tuple[Node, ...]] | None, nodes: tuple[Node, ...]
+) -> tuple[float, Node, tuple[Node, ...]] | None:
     return None if found is None else (found[0], found[1], (*nodes, *found[2]))
 
 
@@ -372,7 +374,7 @@ def _traced_halves(
     if key not in view.memo:
         view.memo[key] = _arrangement(source, gate, up, region, twins)
     found = view.memo[key]
-    return None if found is None else Halves(source, *found, region)
+    return None if found is None else Halves(source, found[0], found[1], found[2], region)
 
 
 def _until(view: View, above: list[Node], number: int) -> list[Node]:
@@ -412,11 +414,13 @@ def _arrangement(
             if torch.equal(first, left) and torch.equal(second, right):
                 return name, 0, half
     start = int(first.reshape(-1)[0])
-    for name, begin, left, right in (
+    for name, begin, at_gate, at_up in (
         ("gate_up", start, 0, half), ("up_gate", int(second.reshape(-1)[0]), half, 0),
     ):  # fmt: skip
-        if 0 <= begin and begin + 2 * half <= width:
+        if begin >= 0 and begin + 2 * half <= width:
             part = ids[..., begin : begin + 2 * half]
-            if torch.equal(first, part[..., left : left + half]) and torch.equal(second, part[..., right : right + half]):
+            if torch.equal(first, part[..., at_gate : at_gate + half]) and torch.equal(
+                second, part[..., at_up : at_up + half]
+            ):
                 return name, begin, half
     return None

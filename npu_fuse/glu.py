@@ -15,9 +15,14 @@ from npu_fuse import gates as g
 from npu_fuse.emit import Emitter
 from npu_fuse.report import Status
 from npu_fuse.rotation import narrowing_tail
-from npu_fuse.sites import Form, Miss, Refusal, Site
+from npu_fuse.sites import Emit, Form, Miss, Refusal, Site
 from npu_fuse.targets import Target
 from npu_fuse.view import View
+
+NO_BACKWARD = {
+    "geglu": "npu_geglu_grad has a broken meta kernel in torch_npu 2.13: it cannot be traced for training",
+    "clipped_swiglu": "npu_clipped_swiglu has no backward in torch_npu: gradients would be lost silently",
+}
 
 Merged = Callable[[Emitter, Any, bool], Any]
 """The fused op on [gate | up] (False) or [gate0, up0, gate1, …] (True)."""
@@ -48,9 +53,7 @@ def site_of(view: View, name: str, gate: g.Gate, merged: Merged, apart: Apart, i
             emit = _merged_form(halves, merged, interleaved_ok, width, result.dtype)
             forms.append(Form(f"one tensor{suffix}", emit, (*key, width, halves.arrange, halves.start)))
         else:
-            forms.append(
-                Form(f"apart{suffix}", _apart_form(gate, apart, width, result.dtype), (*key, width, "apart"))
-            )
+            forms.append(Form(f"apart{suffix}", _apart_form(gate, apart, width, result.dtype), (*key, width, "apart")))
             forms.append(
                 Form(f"concatenated{suffix}", _cat_form(gate, merged, width, result.dtype), (*key, width, "cat"))
             )
@@ -61,7 +64,9 @@ def site_of(view: View, name: str, gate: g.Gate, merged: Merged, apart: Apart, i
                 facts={"kept": 1, "halves": halves, "gate": gate})  # fmt: skip
 
 
-def _merged_form(halves: g.Halves, merged: Merged, interleaved_ok: bool, width: torch.dtype, result: torch.dtype) -> Any:
+def _merged_form(
+    halves: g.Halves, merged: Merged, interleaved_ok: bool, width: torch.dtype, result: torch.dtype
+) -> Any:
     def emit(e: Emitter, env: Mapping[Node, Any]) -> Any:
         value = e.cast(env[halves.source], width)
         size, start = halves.width, halves.start
@@ -86,14 +91,14 @@ def _strided(e: Emitter, value: Any, start: int) -> Any:
     return e.call(operator.getitem, value, (Ellipsis, slice(start, None, 2)))
 
 
-def _apart_form(gate: g.Gate, apart: Apart, width: torch.dtype, result: torch.dtype) -> Any:
+def _apart_form(gate: g.Gate, apart: Apart, width: torch.dtype, result: torch.dtype) -> Emit:
     def emit(e: Emitter, env: Mapping[Node, Any]) -> Any:
         return e.cast(apart(e, e.cast(env[gate.gate], width), e.cast(env[gate.up], width)), result)
 
     return emit
 
 
-def _cat_form(gate: g.Gate, merged: Merged, width: torch.dtype, result: torch.dtype) -> Any:
+def _cat_form(gate: g.Gate, merged: Merged, width: torch.dtype, result: torch.dtype) -> Emit:
     def emit(e: Emitter, env: Mapping[Node, Any]) -> Any:
         both = e.call(torch.cat, (e.cast(env[gate.gate], width), e.cast(env[gate.up], width)), -1)
         return e.cast(merged(e, both, False), result)
@@ -103,6 +108,12 @@ def _cat_form(gate: g.Gate, merged: Merged, width: torch.dtype, result: torch.dt
 
 def limits(site: Site, form: Form, target: Target) -> Refusal | None:
     """Apart where the target has an op for it, concatenated where it has not and the user allows it."""
+    value = d.tensor(site.output)
+    if target.name == "npu" and value is not None:
+        if value.dtype == torch.float64:
+            return Refusal(Status.REFUSED_BY_TARGET, "glu.dtype", f"the op of {site.op} takes no float64")
+        if value.requires_grad and site.op in NO_BACKWARD:
+            return Refusal(Status.REFUSED_BY_TARGET, "glu.backward", NO_BACKWARD[site.op])
     if form.name.startswith("apart") and target.concatenates:
         return Refusal(Status.REFUSED_BY_TARGET, "glu.apart", "the op takes gate and up in one tensor")
     if form.name.startswith("concatenated") and not target.concatenates:

@@ -42,7 +42,7 @@ class Lowered:
 
 def lower(gm: GraphModule, view: View, accepted: Sequence[Accepted], target: Target, fake_mode: Any) -> list[Lowered]:
     """Write every accepted site into the graph of `gm`, in the order of the graph."""
-    emitter = GraphEmitter(gm.graph, target.resolve, fake_mode, {})
+    emitter = GraphEmitter(gm.graph, target, fake_mode, {})
     replaced: dict[Node, Node] = {}
     results = []
     ordered = sorted(accepted, key=lambda a: _place(view, a.site))
@@ -50,15 +50,11 @@ def lower(gm: GraphModule, view: View, accepted: Sequence[Accepted], target: Tar
         results.append(_lower_one(emitter, view, entry, replaced))
     for entry in reversed(ordered):
         for node in reversed(entry.site.nodes):
-            if not node.users and node in replaced_or_inner(entry.site, replaced) and not node._erased:
+            if not node.users and entry.site.output in replaced and not node._erased:
                 gm.graph.erase_node(node)
     if results:
         gm.recompile()
     return results
-
-
-def replaced_or_inner(site: Site, replaced: dict[Node, Node]) -> frozenset[Node]:
-    return frozenset(site.nodes) if site.output in replaced else frozenset()
 
 
 def _last(view: View, site: Site) -> Node:

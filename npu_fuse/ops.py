@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 NAMESPACE = "npu_fuse"
-_library = torch.library.Library(NAMESPACE, "DEF")
+_library = torch.library.Library(NAMESPACE, "DEF")  # type: ignore[no-untyped-call]
 _bodies: dict[str, Callable[..., Any]] = {}
 
 
@@ -22,20 +22,16 @@ def define(schema: str, body: Callable[..., Any]) -> None:
 
     The body must return what it promises on fake tensors: the same shapes, dtypes and strides.
     """
-    _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
-    name = schema.split("(")[0]
-    _library.impl(name, body, "CompositeExplicitAutograd")
+    _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))  # type: ignore[no-untyped-call]
+    name = schema.split("(", maxsplit=1)[0]
+    _library.impl(name, body, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
     torch.library.register_fake(f"{NAMESPACE}::{name}", body, lib=_library)
     _bodies[name] = body
 
 
-def differentiable(
-    name: str, backward: Callable[..., Any], setup_context: Callable[..., None]
-) -> None:
+def differentiable(name: str, backward: Callable[..., Any], setup_context: Callable[..., None]) -> None:
     """Give an op its own backward. It is made of ops of this namespace, so that it can be run again."""
-    torch.library.register_autograd(
-        f"{NAMESPACE}::{name}", backward, setup_context=setup_context, lib=_library
-    )
+    torch.library.register_autograd(f"{NAMESPACE}::{name}", backward, setup_context=setup_context, lib=_library)
 
 
 def op(name: str) -> Any:

@@ -92,9 +92,7 @@ def check_handoff(handoff: object) -> None:
         import torch
 
         every = torch.compiler.list_backends(exclude_tags=())
-        usual = [
-            name for name in every if name != OWN_NAME and "TESTING" not in name and "minifier" not in name
-        ]
+        usual = [name for name in every if name != OWN_NAME and "TESTING" not in name and "minifier" not in name]
         remedy = nearest(handoff, usual) or "import the package that registers this backend first"
         check("handoff", handoff in every, handoff, f"None, a callable, {', '.join(usual)}, …", remedy)
 

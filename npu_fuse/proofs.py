@@ -13,13 +13,16 @@ from torch.fx import Node
 from npu_fuse import dialect as d
 from npu_fuse.prove import Verdict, prove
 from npu_fuse.sites import Form, Site
+from npu_fuse.targets import REFERENCE, Target
 
 _verdicts: dict[str, Verdict] = {}
 
 
-def verdict_on(site: Site, form: Form, numerics: str, always: bool, disk: Any = None) -> Verdict:
+def verdict_on(
+    site: Site, form: Form, numerics: str, always: bool, disk: Any = None, target: Target = REFERENCE
+) -> Verdict:
     """The verdict kept for this structure, or a new proof."""
-    key = structure_key(site, form, numerics)
+    key = structure_key(site, form, f"{numerics} {target.name}")
     if not always:
         found = _verdicts.get(key)
         if found is None and disk is not None:
@@ -27,7 +30,7 @@ def verdict_on(site: Site, form: Form, numerics: str, always: bool, disk: Any = 
         if found is not None:
             _verdicts[key] = found
             return replace(found, facts=replace(found.facts, cached=True))
-    verdict = prove(site, form, numerics)
+    verdict = prove(site, form, numerics, target)
     _verdicts[key] = verdict
     if disk is not None:
         disk.store(key, verdict)

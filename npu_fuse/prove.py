@@ -24,9 +24,11 @@ from torch.fx import Node
 
 from npu_fuse import dialect as d
 from npu_fuse.emit import RunEmitter
+from npu_fuse.epsilon import default_epsilon
 from npu_fuse.replay import CannotShrink, Sizes, choose_sizes, replay
 from npu_fuse.report import ProofFacts
 from npu_fuse.sites import Form, Site
+from npu_fuse.targets import REFERENCE, Target
 
 MAX_ELEMENTS = 1 << 20
 """Largest probe tensor: 8 MB in float64."""
@@ -70,11 +72,11 @@ class Verdict:
     notes: tuple[str, ...] = ()
 
 
-def prove(site: Site, form: Form, numerics: str = "fused") -> Verdict:
+def prove(site: Site, form: Form, numerics: str = "fused", target: Target = REFERENCE) -> Verdict:
     """Run every probe. Raises nothing for a wrong rewrite; the verdict says what failed."""
     started = time.perf_counter()
     with _isolated():
-        verdict = _prove(site, form, numerics)
+        verdict = _prove(site, form, numerics, target)
     return replace(verdict, facts=replace(verdict.facts, seconds=time.perf_counter() - started), form=form.name)
 
 
@@ -82,7 +84,7 @@ class _isolated:
     """Autocast off, gradients on, the user's random state and default dtype untouched."""
 
     def __enter__(self) -> None:
-        self._stack = [
+        self._stack: list[Any] = [
             torch.inference_mode(False),
             torch.enable_grad(),
             torch.random.fork_rng(devices=[]),
@@ -118,14 +120,14 @@ class _Fails(Exception):
     pass
 
 
-def _prove(site: Site, form: Form, numerics: str) -> Verdict:
+def _prove(site: Site, form: Form, numerics: str, target: Target) -> Verdict:
     errors = _Errors()
     done = 0
     try:
         for emit in (form.emit, *form.also):
             errors = _Errors()
             for index, probe in enumerate(PROBES):
-                _run_probe(site, replace(form, emit=emit), probe, index, errors)
+                _run_probe(site, replace(form, emit=emit), probe, index, errors, target)
                 done += 1
             _judge_accuracy(site, errors, numerics)
     except _Fails as failure:
@@ -140,7 +142,7 @@ def _facts(errors: _Errors, probes: int) -> ProofFacts:
     return ProofFacts(probes, errors.same, errors.gradients, errors.original, errors.fused, errors.bit_equal)
 
 
-def _run_probe(site: Site, form: Form, probe: Probe, index: int, errors: _Errors) -> None:
+def _run_probe(site: Site, form: Form, probe: Probe, index: int, errors: _Errors, target: Target) -> None:
     sizes = _sizes(site, probe)
     generator = torch.Generator().manual_seed(SEED + index)
     own = _make_inputs(site, probe, sizes, generator)
@@ -150,8 +152,8 @@ def _run_probe(site: Site, form: Form, probe: Probe, index: int, errors: _Errors
     gradients = [n for n in site.inputs if _wants_gradient(n)] if _has_gradient(site.output) else []
     if probe.special == "nonfinite" or probe.scale > 1e5:
         gradients = []
-    expected, expected_grads = _run(site, form, lifted, sizes, "original", gradients, generator)
-    actual, actual_grads = _run(site, form, lifted, sizes, "fused", gradients, generator)
+    expected, expected_grads = _run(site, form, lifted, sizes, "original", gradients, target)
+    actual, actual_grads = _run(site, form, lifted, sizes, "fused", gradients, target)
     for left, right in zip(expected, actual, strict=True):
         if left.shape != right.shape:
             raise _Fails(f"interface: shape {tuple(left.shape)} became {tuple(right.shape)} at {name}")
@@ -165,8 +167,8 @@ def _run_probe(site: Site, form: Form, probe: Probe, index: int, errors: _Errors
         if not difference <= FLOAT64_TOLERANCE * 10:
             raise _Fails(f"same function: the gradient to {node.name} differs by {difference:.3g} at {name}")
     with torch.no_grad():
-        before, _ = _run(site, form, own, sizes, "own", [], generator)
-        after, _ = _run(site, form, own, sizes, "fused_own", [], generator)
+        before, _ = _run(site, form, own, sizes, "own", [], target)
+        after, _ = _run(site, form, own, sizes, "fused_own", [], target)
     for exact, left, right in zip(expected, before, after, strict=True):
         if left.dtype != right.dtype:
             raise _Fails(f"interface: dtype {left.dtype} became {right.dtype}")
@@ -246,8 +248,15 @@ def _values(shape: tuple[int, ...], dtype: torch.dtype, probe: Probe, weight: bo
         filled = rows.reshape(shape)
     result = filled.to(real)
     if probe.special == "strided" and len(shape) > 1:
-        result = result.transpose(0, -1).contiguous().transpose(0, -1)
+        result = _strided(result)
     return result
+
+
+def _strided(value: torch.Tensor) -> torch.Tensor:
+    """Rows that do not follow one another in memory; elements of a row do, as complex views demand."""
+    if value.dim() > 2:
+        return value.transpose(0, -2).contiguous().transpose(0, -2)
+    return torch.nn.functional.pad(value, (0, 2))[..., :-2]
 
 
 def _lift(value: Any) -> Any:
@@ -267,11 +276,13 @@ def _wants_gradient(node: Node) -> bool:
 
 
 def _run(site: Site, form: Form, inputs: Mapping[Node, Any], sizes: Sizes, how: str, gradients: Sequence[Node],
-         generator: torch.Generator) -> tuple[list[torch.Tensor], list[torch.Tensor]]:  # fmt: skip
+         target: Target) -> tuple[list[torch.Tensor], list[torch.Tensor]]:  # fmt: skip
     """Values and gradients of one form: original or fused, lifted to float64 or in the graph's dtypes."""
     leaves = {n: v.detach().clone() if isinstance(v, torch.Tensor) else v for n, v in inputs.items()}
     if how.endswith("own"):
-        leaves = {n: v.as_strided(v.size(), v.stride()) if isinstance(v, torch.Tensor) else v for n, v in inputs.items()}
+        leaves = {
+            n: v.as_strided(v.size(), v.stride()) if isinstance(v, torch.Tensor) else v for n, v in inputs.items()
+        }
     for node in gradients:
         leaves[node].requires_grad_()
     if how in ("original", "own"):
@@ -282,7 +293,7 @@ def _run(site: Site, form: Form, inputs: Mapping[Node, Any], sizes: Sizes, how: 
         env = replay(site.nodes, env, sizes, _lifted_apply(copies) if how == "original" else _apply_own)
         outputs = [env[n] for n in (site.output, *site.extra_outputs)]
     else:
-        result = form.emit(RunEmitter(lifted=how == "fused"), leaves)
+        result = form.emit(RunEmitter(how == "fused", target), leaves)
         outputs = list(result) if site.extra_outputs else [result]
     if not gradients:
         return outputs, []
@@ -303,7 +314,8 @@ def _lifted_apply(copies: bool) -> Any:
             return args[0].clone() if copies else args[0]
         kwargs = {k: torch.float64 if _is_float_dtype(v) else v for k, v in kwargs.items()}
         args = tuple(torch.float64 if _is_float_dtype(a) else a for a in args)
-        return d.function_of(node)(*_frozen_epsilon(node, args, kwargs)[0], **_frozen_epsilon(node, args, kwargs)[1])
+        args, kwargs = _frozen_epsilon(node, args, kwargs)
+        return d.function_of(node)(*args, **kwargs)
 
     return apply
 
@@ -312,14 +324,16 @@ def _is_float_dtype(value: Any) -> bool:
     return isinstance(value, torch.dtype) and value.is_floating_point
 
 
-def _frozen_epsilon(node: Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+def _frozen_epsilon(
+    node: Node, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """`F.rms_norm(eps=None)` takes the epsilon of its input's dtype: freeze it at the graph's."""
     if d.name(node) != "rms_norm":
         return args, kwargs
     epsilon = d.operand(node, 3, "eps")
     if epsilon is None:
         found = d.tensor(node.args[0])
-        epsilon = torch.finfo(found.dtype).eps if found is not None else None
+        epsilon = default_epsilon(found.dtype) if found is not None else None
         return args[:3], {k: v for k, v in kwargs.items() if k != "eps"} | {"eps": epsilon}
     return args, kwargs
 

@@ -118,9 +118,7 @@ def totals(graphs: Sequence[GraphReport]) -> str:
     line = f"Fused {status[Status.FUSED]} of {_plural(len(sites), 'site')}" + (f" ({rest})" if rest else "")
     fused = [site for site in sites if site.status is Status.FUSED]
     if fused:
-        line += ": " + ", ".join(
-            _saved(sum_costs(s.before for s in fused), sum_costs(s.after for s in fused))
-        )
+        line += ": " + ", ".join(_saved(sum_costs(s.before for s in fused), sum_costs(s.after for s in fused)))
     return line + "."
 
 

@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import sympy
+import sympy  # type: ignore[import-untyped]
 import torch
 from torch.fx import Node
 
@@ -115,7 +115,8 @@ def resized(node: Node, env: Mapping[Node, Any], sizes: Sizes) -> tuple[tuple[An
     source, result = d.tensor(node.args[0]) if node.args else None, d.tensor(node)
     if source is None or not isinstance(args[0], (torch.Tensor, _HasShape)):
         return args, kwargs
-    return fix(args, kwargs, source, result, sizes)
+    fixed: tuple[tuple[Any, ...], dict[str, Any]] = fix(args, kwargs, source, result, sizes)
+    return fixed
 
 
 def _like_another(node: Node, value: Any, sizes: Sizes) -> tuple[Any, Any]:
@@ -142,7 +143,7 @@ def _unchanged(old: Sequence[Any], new: Sequence[int]) -> bool:
 
 def _view(args: Any, kwargs: Any, source: Any, result: Any, sizes: Sizes) -> Any:
     old_in, new_in = list(source.shape), list(args[0].shape)
-    if result is None or _unchanged(old_in, new_in) or len(args) > 1 and isinstance(args[1], torch.dtype):
+    if result is None or _unchanged(old_in, new_in) or (len(args) > 1 and isinstance(args[1], torch.dtype)):
         return args, kwargs
     return (args[0], regroup(old_in, new_in, list(result.shape), sizes)), {}
 
@@ -155,7 +156,8 @@ def regroup(old_in: list[Any], new_in: list[int], old_out: list[Any], sizes: Siz
     outs = [i for i, s in enumerate(old_out_n) if s != 1]
     a = b = 0
     while a < len(ins) or b < len(outs):
-        left, right = [], []
+        left: list[int] = []
+        right: list[int] = []
         product_in = product_out = 1
         while not left or not right or product_in != product_out:
             if (product_in <= product_out and a < len(ins)) or b >= len(outs):
@@ -222,7 +224,7 @@ def _index(args: Any, kwargs: Any, source: Any, result: Any, sizes: Sizes) -> An
     items = list(index) if isinstance(index, tuple) else [index]
     consumed = sum(1 for i in items if i is not None and i is not Ellipsis)
     dim = 0
-    fixed = []
+    fixed: list[Any] = []
     for item in items:
         if item is Ellipsis:
             dim = source.dim() - (consumed - _consumed_before(items, item))

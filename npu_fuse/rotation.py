@@ -78,7 +78,7 @@ def is_anchor(view: View, node: Node) -> bool:
     if name == "mul":
         return found.dtype.is_complex and all(d.tensor(n) is not None for n in node.all_input_nodes)
     if name == "sum":
-        return found.dtype.is_floating_point and _below(d.unary(node)) is not None and _is_product(_below(d.unary(node)))
+        return found.dtype.is_floating_point and _is_product(_below(d.unary(node)))
     if name == "addcmul":
         return found.dtype.is_floating_point and _is_product(_below(node.args[0]))
     if name not in ("add", "sub", "rsub") or not found.dtype.is_floating_point:
@@ -159,7 +159,8 @@ def collect(view: View, output: Node) -> Region | None:
             seen[node] = level
             region.nodes.append(node)
             region.products.append(node)
-            return visit(node.args[0], 1) and visit(node.args[1], 2) and visit(node.args[2], 2)
+            first, *factors = d.data_inputs(node)
+            return visit(first, 1) and all(visit(n, 2) for n in factors)
         elif name == "mul" and level < 2:
             region.products.append(node)
             below, next_level = [n for n in d.binary(node) if isinstance(n, Node)], 2
@@ -294,7 +295,8 @@ def _indexed(turn: Turn | str, order: tuple[Node, ...]) -> Any:
 def _materialised(kept: Any, order: tuple[Node, ...]) -> Turn | str:
     if isinstance(kept, str):
         return kept
-    turn, cos, sin = kept
+    turn: Turn = kept[0]
+    _, cos, sin = kept
     return replace(turn, cos=replace(turn.cos, node=order[cos]), sin=replace(turn.sin, node=order[sin]))
 
 
@@ -337,7 +339,7 @@ def _read(region: Region, cut: list[Node], inputs: tuple[Node, ...], same: set[N
 
 def _interpret(tracer: Tracer, ids: torch.Tensor, width: int, values: dict[Node, Any]) -> Turn | str:
     rows = ids.reshape(-1, width).tolist()
-    first: list[tuple[_Term, _Term]] | None = None
+    partners: list[int] = []
     table_main, table_rot = [], []
     mode, deinterleave = "", False
     mains: list[int] = []
@@ -346,18 +348,21 @@ def _interpret(tracer: Tracer, ids: torch.Tensor, width: int, values: dict[Node,
         if any(t is None for t in terms):
             return ""
         pairs = [t for t in terms if t is not None]
-        if first is None:
-            first = pairs
+        if not mains:
             decided = _pairing(pairs, width)
             if isinstance(decided, str):
                 return decided
             mode, deinterleave, mains = decided
+            partners = [next(t.index for t in pair if t.index != m) for pair, m in zip(pairs, mains, strict=True)]
         ordered = [_ordered(p, m) for p, m in zip(pairs, mains, strict=True)]
         if any(a is None for a in ordered):
             return "rows are rotated in different pairings"
-        table_main.append([(a[0].element, a[0].coefficient) for a in ordered if a])
-        table_rot.append([(a[1].element, _turned(a[1].coefficient, i, mode, width)) for i, a in enumerate(ordered) if a])
-        if [a[1].index for a in ordered if a] != [_partner(p, first, q) for p, q in zip(mains, ordered, strict=True)]:
+        pairs_in_order = [p for p in ordered if p is not None]
+        table_main.append([(main.element, main.coefficient) for main, _ in pairs_in_order])
+        table_rot.append(
+            [(rot.element, _turned(rot.coefficient, i, mode, width)) for i, (_, rot) in enumerate(pairs_in_order)]
+        )
+        if [rot.index for _, rot in pairs_in_order] != partners:
             return "rows are rotated in different pairings"
     leading = ids.shape[:-1]
     cos = _table(tracer, table_main, leading, width, values, mode)
@@ -365,10 +370,6 @@ def _interpret(tracer: Tracer, ids: torch.Tensor, width: int, values: dict[Node,
     if cos is None or sin is None:
         return "cos or sin is no arrangement of one value's last dimension"
     return Turn(mode, width, cos, sin, deinterleave)
-
-
-def _partner(main: int, first: list[tuple[_Term, _Term]], pair: Any) -> int:
-    return int(pair[1].index)
 
 
 def _terms(tracer: Tracer, polynomial: Any, row: int, width: int) -> tuple[_Term, _Term] | None:

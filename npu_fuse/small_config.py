@@ -76,9 +76,7 @@ _ENCODER_DECODER_DEPTHS = ("encoder_layers", "decoder_layers", "num_encoder_laye
 # Where None is the default and the model wants a number all the same.
 _NEVER_NONE = re.compile(r"head_dim|.*experts.*|moe_intermediate_size|.*top_?k.*|n_group")
 _KEEPS_HEADS = re.compile(r".*head_?dim|.*(d_head|dim_head|head_size|kv_channels|headdim)")
-_COUNTS_ONLY = re.compile(
-    r".*layers?|depth|num_blocks|.*vocab_size.*|.*num_(local_)?experts?|n_routed_experts"
-)
+_COUNTS_ONLY = re.compile(r".*layers?|depth|num_blocks|.*vocab_size.*|.*num_(local_)?experts?|n_routed_experts")
 
 
 def attempts(config: Any, layers: int | None) -> Iterator[Any]:

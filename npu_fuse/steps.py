@@ -87,9 +87,7 @@ def _candidate(view: View, op: str, result: Site | Miss, options: Options) -> Ca
     return made
 
 
-def prove(
-    candidates: list[Candidate], rules: Iterable[Rule], options: Options, target: Target, disk: Any
-) -> None:
+def prove(candidates: list[Candidate], rules: Iterable[Rule], options: Options, target: Target, disk: Any) -> None:
     """The first form that the target runs and the proof accepts; else a refusal that says why."""
     limits = {rule.name: rule.limits for rule in rules}
     composed_first = sorted(candidates, key=lambda c: c.site is None or c.site.replaces is None)
@@ -106,7 +104,7 @@ def prove(
                 reasons.append((problem.status, problem.code, problem.reason))
                 continue
             try:
-                verdict = verdict_on(site, form, options.numerics, options.prove == "always", disk)
+                verdict = verdict_on(site, form, options.numerics, options.prove == "always", disk, target)
             except Exception as fault:
                 logger.debug("proof of %s failed", site.op, exc_info=True)
                 reasons.append((Status.ERROR, "proof.fault", f"{type(fault).__name__}: {fault}"))

@@ -77,7 +77,7 @@ class Tracer:
         return Complex(both[..., 0], both[..., 1])
 
     def combine(self, a: Any, b: Any, rule: Callable[[Polynomial, Polynomial], Polynomial]) -> torch.Tensor:
-        left, right = torch.broadcast_tensors(self._tensor(a), self._tensor(b))
+        left, right = torch.broadcast_tensors(self._tensor(a), self._tensor(b))  # type: ignore[no-untyped-call]
         if bool((left < 0).any()) or bool((right < 0).any()):
             raise Untraceable("an element that was never written is read")
         base = len(self.polynomials) + 1
@@ -204,7 +204,8 @@ def _sum_along(tracer: Tracer, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
     for part in parts[1:]:
         total = tracer.add(total, part)
     keepdim = args[2] if len(args) > 2 else kwargs.get("keepdim", False)
-    return total.unsqueeze(dims[0]) if keepdim else total
+    result: torch.Tensor = total.unsqueeze(dims[0]) if keepdim else total
+    return result
 
 
 def _move(node: Node, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -88,7 +88,7 @@ class View:
 
     def written_after(self, node: Node, position: int) -> bool:
         writes = self.mutations.get(self.storage.get(node, -1))
-        return bool(writes) and writes[-1] > position
+        return writes is not None and bool(writes) and writes[-1] > position
 
 
 def widens(node: Node) -> bool:

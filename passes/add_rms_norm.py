@@ -56,8 +56,7 @@ ops.define(
     "npu_add_rms_norm(Tensor x1, Tensor x2, Tensor gamma, float epsilon=1e-06) -> (Tensor, Tensor, Tensor)", _forward
 )
 ops.define(
-    "npu_add_rms_norm_unrounded(Tensor x1, Tensor x2, Tensor gamma, float epsilon=1e-06)"
-    " -> (Tensor, Tensor, Tensor)",
+    "npu_add_rms_norm_unrounded(Tensor x1, Tensor x2, Tensor gamma, float epsilon=1e-06) -> (Tensor, Tensor, Tensor)",
     _unrounded,
 )
 
@@ -79,7 +78,13 @@ def _composed(view: View, norm: Site) -> Site | None:
         return None
     first, second = d.binary(total)
     left, right, weight, value = d.tensor(first), d.tensor(second), d.tensor(gamma), d.tensor(total)
-    if left is None or right is None or weight is None or value is None or d.constant(total.kwargs.get("alpha", 1)) != 1:
+    if (
+        left is None
+        or right is None
+        or weight is None
+        or value is None
+        or d.constant(total.kwargs.get("alpha", 1)) != 1
+    ):
         return None
     if not (left.dtype == right.dtype == weight.dtype == value.dtype) or value.requires_grad:
         return None
@@ -95,7 +100,7 @@ def _composed(view: View, norm: Site) -> Site | None:
             scale = env[gamma]
             if weight.dim() != norm.facts["kept"]:
                 scale = e.call(torch.reshape, scale, tuple(weight.shape)[-norm.facts["kept"] :])
-            results = e.fused(op, env[first], env[second], scale, taken)
+            results = e.fused(op, e.dense(env[first]), e.dense(env[second]), scale, taken)
             return item(e, results, 0), item(e, results, 2)
 
         return emit

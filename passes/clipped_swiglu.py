@@ -93,9 +93,7 @@ ops.define(
     " float bias=1., bool interleaved=True) -> Tensor",
     _forward,
 )
-ops.define(
-    "clipped_swiglu(Tensor x, float alpha, float limit, float bias, bool interleaved) -> Tensor", _trained
-)
+ops.define("clipped_swiglu(Tensor x, float alpha, float limit, float bias, bool interleaved) -> Tensor", _trained)
 ops.define(
     "clipped_swiglu_backward(Tensor dy, Tensor x, float alpha, float limit, float bias, bool interleaved) -> Tensor",
     _backward_op,

@@ -17,10 +17,14 @@ from torch.fx import Node
 from npu_fuse import algebra, ops
 from npu_fuse import dialect as d
 from npu_fuse.emit import Emitter, item
-from npu_fuse.sites import Form, Miss, Rule, Site
-from npu_fuse.view import View
+from npu_fuse.epsilon import default_epsilon
+from npu_fuse.report import Status
+from npu_fuse.sites import Form, Miss, Refusal, Rule, Site
+from npu_fuse.targets import Target
+from npu_fuse.view import View, widens
 
 NAME = "rms_norm"
+MAX_RANK = 8
 
 
 # --- the op: reference kernel, backward ------------------------------------------------------------
@@ -64,9 +68,7 @@ def _backward(ctx: Any, dy: torch.Tensor | None, _: Any) -> Any:
 
 
 ops.define("npu_rms_norm(Tensor self, Tensor gamma, float epsilon=1e-06) -> (Tensor, Tensor)", _forward)
-ops.define(
-    "npu_rms_norm_backward(Tensor dy, Tensor self, Tensor gamma, Tensor rstd) -> (Tensor, Tensor)", _backward_op
-)
+ops.define("npu_rms_norm_backward(Tensor dy, Tensor self, Tensor gamma, Tensor rstd) -> (Tensor, Tensor)", _backward_op)
 ops.differentiable("npu_rms_norm", _backward, _setup)
 
 
@@ -95,6 +97,7 @@ def recognise(view: View) -> list[Site | Miss]:
         if not node.op.startswith("call") or node in view.claimed:
             continue
         name = d.name(node)
+        result: Site | Miss | None
         if name == "rms_norm":
             result = _direct(view, node)
         elif name in ("rsqrt", "sqrt", "pow", "norm"):
@@ -114,7 +117,7 @@ def _direct(view: View, node: Node) -> Site | Miss:
     if value is None or not value.is_floating_point():
         return Miss(NAME, node, "rms_norm.dtype", "the input is no floating-point tensor")
     if epsilon is None:
-        epsilon = torch.finfo(value.dtype).eps
+        epsilon = default_epsilon(value.dtype)
     inputs = tuple(n for n in (x, gamma, epsilon) if isinstance(n, Node))
     return _site(view, node, node, x, len(shape), epsilon, gamma, 1.0, inputs, algebra.Between((node,)))
 
@@ -148,9 +151,7 @@ def _from_root(view: View, root: Node) -> Site | Miss | None:
     return _site(view, root, walk.node, x, mean_square.dims, epsilon, gamma, coefficient, tuple(inputs), region)
 
 
-def _statistic(
-    view: View, root: Node
-) -> tuple[float, algebra.MeanSquare, float | Node, tuple[Node, ...]] | None:
+def _statistic(view: View, root: Node) -> tuple[float, algebra.MeanSquare, float | Node, tuple[Node, ...]] | None:
     """The exponent, c · mean(x²), epsilon, and the nodes between x and the root."""
     if d.name(root) == "norm":
         found = algebra.norm_of(view, root)
@@ -165,9 +166,7 @@ def _statistic(
     mean_square = algebra.mean_square_of(view, term) if isinstance(term, Node) else None
     if mean_square is None or scale <= 0:
         return None
-    scaled = algebra.MeanSquare(
-        mean_square.x, mean_square.dims, mean_square.coefficient * scale, mean_square.nodes
-    )
+    scaled = algebra.MeanSquare(mean_square.x, mean_square.dims, mean_square.coefficient * scale, mean_square.nodes)
     if abs(scaled.coefficient - 1.0) < 1e-12:
         scaled = algebra.MeanSquare(scaled.x, scaled.dims, 1.0, scaled.nodes)
     epsilon: float | Node = total.symbol if total.symbol is not None else total.constant
@@ -203,7 +202,7 @@ def _forward_walk(view: View, root: Node, exponent: float, x: Node, dims: int) -
 
 def _trails(walk: _Walk) -> bool:
     """The last step only widens: the fused op's user can do that itself."""
-    return d.name(walk.node) == "cast" and d.tensor(walk.node).dtype.itemsize > d.tensor(walk.node.args[0]).dtype.itemsize  # type: ignore[union-attr]  # noqa: E501
+    return d.name(walk.node) == "cast" and widens(walk.node)
 
 
 def _step(view: View, walk: _Walk, user: Node, x: Node, dims: int) -> _Walk | str:
@@ -251,7 +250,9 @@ def _times(view: View, walk: _Walk, user: Node, other: Any, x: Node, dims: int) 
     if product is not None and walk.x == 0:
         coefficient, gammas, nodes = product
         if len(walk.gammas) + len(gammas) <= 1:
-            return _Walk(user, 1, walk.e, walk.coefficient * coefficient, walk.gammas + gammas, (*walk.seen, *nodes, user))
+            return _Walk(
+                user, 1, walk.e, walk.coefficient * coefficient, walk.gammas + gammas, (*walk.seen, *nodes, user)
+            )
     if algebra.per_feature(other, value, dims) and not walk.gammas:
         return _Walk(user, walk.x, walk.e, walk.coefficient, (view.exact(other),), (*walk.seen, user))
     return "multiplied with another value than the one squared"
@@ -318,7 +319,7 @@ def _forms(
         key = (width, coefficient, shape, None if isinstance(epsilon, Node) else epsilon, weight is None)
 
         def emit(e: Emitter, env: Mapping[Node, Any], width: torch.dtype = width) -> Any:
-            value = e.cast(env[x], width)
+            value = e.dense(e.cast(env[x], width))
             scale = _gamma(e, env, gamma, coefficient, shape, value, width)
             taken = env[epsilon] if isinstance(epsilon, Node) else epsilon
             y = item(e, e.fused("npu_rms_norm", value, scale, taken), 0)
@@ -350,4 +351,20 @@ def _gamma(
     return value
 
 
-RULE = Rule(NAME, recognise)
+def limits(site: Site, form: Form, target: Target) -> Refusal | None:
+    """npu_rms_norm: float16, bfloat16, float32; rank 1 to 8, from 2 on in training (document of npu_rms_norm)."""
+    if target.name != "npu":
+        return None
+    x, result = d.tensor(site.facts["x"]), d.tensor(site.output)
+    if x is None or result is None:
+        return None
+    if x.dtype == torch.float64:
+        return Refusal(Status.REFUSED_BY_TARGET, "rms_norm.dtype", "npu_rms_norm takes no float64")
+    if x.dim() > MAX_RANK or (x.dim() < 2 and result.requires_grad):
+        return Refusal(Status.REFUSED_BY_TARGET, "rms_norm.rank", f"npu_rms_norm takes rank 2 to 8, x has {x.dim()}")
+    if target.soc is not None and "310P" in target.soc and x.dtype == torch.bfloat16:
+        return Refusal(Status.REFUSED_BY_TARGET, "rms_norm.soc", f"npu_rms_norm takes no bfloat16 on {target.soc}")
+    return None
+
+
+RULE = Rule(NAME, recognise, limits)

@@ -26,9 +26,7 @@ def _apart(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
     return (torch.nn.functional.silu(gate.to(dtype)) * up.to(dtype)).to(gate.dtype)
 
 
-def _apart_backward_op(
-    dy: torch.Tensor, gate: torch.Tensor, up: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
+def _apart_backward_op(dy: torch.Tensor, gate: torch.Tensor, up: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     dtype = ops.compute_dtype(gate.dtype)
     wide, a, b = dy.to(dtype), gate.to(dtype), up.to(dtype)
     s = torch.sigmoid(a)
