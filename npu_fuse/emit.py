@@ -82,6 +82,7 @@ class GraphEmitter:
         self.memo = memo
         self.origin: Node | None = None
         self.made: list[Node] = []
+        self.examples: dict[Hashable, Any] = {}
 
     def begin(self, origin: Node) -> None:
         """The nodes made from now on stand for `origin` (its source line, its module)."""
@@ -104,8 +105,15 @@ class GraphEmitter:
             return
         values = torch.fx.node.map_arg(args, d.value)
         named = torch.fx.node.map_arg(kwargs, d.value)
-        with self.fake_mode, torch.no_grad():
-            node.meta["example_value"] = function(*values, **named)
+        try:
+            key = (function, _kind(values), _kind(named))
+            known = key in self.examples
+        except TypeError:  # an argument that cannot be hashed
+            key, known = None, False
+        if not known:
+            with self.fake_mode, torch.no_grad():
+                self.examples[key] = function(*values, **named)
+        node.meta["example_value"] = self.examples[key]
 
     def fused(self, name: str, *args: Any, **kwargs: Any) -> Any:
         return self.call(self.target.resolve(name), *args, **kwargs)
@@ -143,6 +151,21 @@ class GraphEmitter:
             with self.graph.inserting_before(first):
                 self.memo[key] = self.call(torch.full, tuple(shape), fill, dtype=dtype, device=device)
         return self.memo[key]
+
+
+def _kind(value: Any) -> Hashable:
+    """Equal for arguments on which an op gives results of the same shapes, strides and dtypes. Adds no guard."""
+    if isinstance(value, torch.Tensor):
+        return (type(value), value.dtype, value.device, _kind(tuple(value.shape)), _kind(value.stride()))
+    if isinstance(value, (torch.SymInt, torch.SymFloat, torch.SymBool)):
+        return ("symbol", value.node.expr)
+    if isinstance(value, (tuple, list)):
+        return tuple(_kind(v) for v in value)
+    if isinstance(value, dict):
+        return tuple((k, _kind(v)) for k, v in sorted(value.items()))
+    if isinstance(value, slice):
+        return ("slice", _kind(value.start), _kind(value.stop), _kind(value.step))
+    return (type(value), value)
 
 
 def _latest(nodes: Sequence[Node]) -> Node | None:
