@@ -186,6 +186,17 @@ def data_inputs(node: Node) -> list[Node]:
     return node.all_input_nodes
 
 
+def moves(node: Node) -> bool:
+    """Movement of elements, the same whatever the values: an index by a tensor is none."""
+    if not node.op.startswith("call") or name(node) not in MOVEMENT:
+        return False
+    return name(node) != "getitem" or not any(tensor(n) is not None for n in tensors_in_index(node))
+
+
+def tensors_in_index(node: Node) -> list[Node]:
+    return [n for n in tensors_in(node)[1:] if n is not node.args[0]]
+
+
 def constant(arg: Any) -> float | None:
     """A Python number in an operand's place, or None. Bools are no numbers here."""
     if isinstance(arg, (int, float)) and not isinstance(arg, bool):

@@ -352,7 +352,7 @@ def halves_of(view: View, gate: Node, up: Node) -> Halves | None:
 def _movement_above(node: Node) -> list[Node]:
     """The node, and what it is moved out of, nearest first."""
     found = [node]
-    while node.op.startswith("call") and (d.name(node) in d.MOVEMENT or d.name(node) == "cast") and len(found) < 12:
+    while node.op.startswith("call") and (d.moves(node) or d.name(node) == "cast") and len(found) < 12:
         operands = d.tensors_in(node)
         if not operands or d.name(node) in ("cat", "stack"):
             break

@@ -20,6 +20,10 @@ from torch.fx import Node
 from npu_fuse import dialect as d
 
 
+SMALL = 4
+"""Sizes up to this stay: the three position streams of mrope, two halves, four experts."""
+
+
 class CannotShrink(Exception):
     """A literal size of the site cannot be derived from the sizes of its operands."""
 
@@ -61,7 +65,7 @@ def choose_sizes(inputs: Sequence[Node], kept: int, pool: Sequence[int], shrink:
                 for symbol in sorted(size.node.expr.free_symbols, key=str):
                     if symbol not in symbols:
                         symbols[symbol] = next(fresh, 2)
-            elif shrink and i < len(shape) - kept and size > 1 and size not in literal:
+            elif shrink and i < len(shape) - kept and size > SMALL and size not in literal:
                 literal[size] = min(next(fresh, 2), size)
     return Sizes(literal, symbols, kept)
 
@@ -252,6 +256,8 @@ def _cover(item: Any, old: Any, new: int) -> Any:
     if isinstance(item, slice) and item.step in (None, 1) and item.start in (None, 0):
         if item.stop is None or item.stop >= old:
             return slice(None)
+    if isinstance(item, int) and -new <= item < new:
+        return item  # one row is like another
     raise CannotShrink("an index into a shrunk dimension")
 
 

@@ -24,8 +24,7 @@ from npu_fuse.sites import Form, Site
 from npu_fuse.trace import BUFFERS, Complex, Tracer, Untraceable, trace
 from npu_fuse.view import View, same_shape
 
-FORWARD = d.MOVEMENT | {"cast"}
-MAX_STEPS, MAX_NODES = 8, 96
+MAX_STEPS, MAX_NODES, MAX_ELEMENTS = 8, 96, 1 << 16
 
 
 @dataclass
@@ -92,8 +91,7 @@ def _below(node: Any) -> Any:
     for _ in range(MAX_STEPS):
         if not isinstance(node, Node) or not node.op.startswith("call"):
             return node
-        name = d.name(node)
-        if name not in FORWARD and name != "neg":
+        if not d.moves(node) and d.name(node) not in ("cast", "neg"):
             return node
         below = d.tensors_in(node)
         if not below:
@@ -120,7 +118,7 @@ def ways_forward(view: View, anchor: Node) -> Iterator[Node]:
             target: Any = user
             if user.target is operator.setitem and len(user.args) > 2 and user.args[2] is node:
                 target = user.args[0]
-            elif not user.op.startswith("call") or d.name(user) not in FORWARD:
+            elif not user.op.startswith("call") or not (d.moves(user) or d.name(user) == "cast"):
                 continue
             if isinstance(target, Node) and target not in seen and d.tensor(target) is not None:
                 seen.add(target)
@@ -148,7 +146,7 @@ def collect(view: View, output: Node) -> Region | None:
             below = None
         elif name in BUFFERS and view.mutations.get(view.storage.get(node, -1)):
             below = _written(region, node)
-        elif name in FORWARD or name == "neg" or (name in ("mul", "div") and algebra.constant_factor(node)):
+        elif d.moves(node) or name in ("cast", "neg") or (name in ("mul", "div") and algebra.constant_factor(node)):
             below = [n for n in d.data_inputs(node) if d.value(n) is not None and not _scalar(n)]
         elif name in ("add", "sub", "rsub") and level == 0 and _plain(node):
             region.sums += 1
@@ -316,20 +314,27 @@ def _read(region: Region, cut: list[Node], inputs: tuple[Node, ...], same: set[N
     width = wanted.shape[-1]
     if not isinstance(width, int) or width < 2 or width % 2 or width > 2048:
         return ""
-    try:
-        sizes = choose_sizes(inputs, 1, (2, 3, 2, 2))
-        shapes = {n: sizes.shape(t.shape) for n in inputs if (t := d.tensor(n)) is not None}
-        x_shape = next(shapes[n] for n in inputs if n in same)
-        x_ids = tracer.leaf(x_shape)
-        env: dict[Node, Any] = {}
-        for node, shape in shapes.items():
-            if node in same:
-                env[node] = x_ids
-            else:
+    for shrink in (True, False):
+        try:
+            sizes = choose_sizes(inputs, 1, (2, 3, 2, 2), shrink)
+            shapes = {n: sizes.shape(t.shape) for n in inputs if (t := d.tensor(n)) is not None}
+            if sum(torch.Size(s).numel() for s in shapes.values()) > MAX_ELEMENTS:
+                return ""
+            x_ids = tracer.leaf(next(shapes[n] for n in inputs if n in same))
+            env: dict[Node, Any] = {}
+            for node, shape in shapes.items():
                 complex_value = d.tensor(node).dtype.is_complex  # type: ignore[union-attr]
-                env[node] = tracer.complex_leaf(shape) if complex_value else tracer.leaf(shape)
-        env = trace(cut, env, sizes, tracer)
-    except (Untraceable, CannotShrink, RuntimeError, IndexError, ValueError, TypeError):
+                if node in same:
+                    env[node] = x_ids
+                else:
+                    env[node] = tracer.complex_leaf(shape) if complex_value else tracer.leaf(shape)
+            env = trace(cut, env, sizes, tracer)
+            break
+        except CannotShrink:
+            tracer = Tracer()
+        except (Untraceable, RuntimeError, IndexError, ValueError, TypeError):
+            return ""
+    else:
         return ""
     ids = env[region.output]
     if not isinstance(ids, torch.Tensor) or ids.shape != x_ids.shape or bool((ids < 0).any()):
