@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 
-from . import models
+from . import models, others
 from .models import Built
+
+KINDS = ("causal", "itt", "decoders", "others", "all")
 
 
 def names(kind: str = "all") -> list[str]:
-    """Names that `build` takes: "causal", "itt", "decoders" (both) or "all"."""
-    return models.names("all" if kind == "decoders" else kind)
+    """Names that `build` takes, of one of `KINDS`; "decoders" are causal and image-text models."""
+    if kind == "others":
+        return others.names()
+    return models.names("all" if kind == "decoders" else kind) + (others.names() if kind == "all" else [])
 
 
-def build(name: str, dtype: torch.dtype = torch.float32, train: bool = False, **more: Any) -> Built:
-    """The tiny model `name` with inputs; see `models.build`."""
-    return models.build(name, dtype, train, **more)
+def build(name: str, dtype: torch.dtype = torch.float32, train: bool = False) -> Built:
+    """The tiny model `name` with inputs."""
+    if name.startswith(others.PREFIX):
+        return others.build(name, dtype, train)
+    return models.build(name, dtype, train)

@@ -203,6 +203,11 @@ class Flow(TorchDispatchMode):
     def _other(self, name: str, args: Sequence[Any], inputs: list[Facts], out: Tensor) -> Facts:
         return Facts(constant=all(f.constant for f in inputs))
 
+    def op_cat(self, name: str, args: Sequence[Any], inputs: list[Facts], out: Tensor) -> Facts:
+        parts = [self.facts(part).origin for part in args[0]]
+        joined = parts[0] if all(part and part.operation == "linear" for part in parts) else None
+        return Facts(constant=inputs[0].constant, origin=replace(joined, uid=next(_ids)) if joined else None)
+
     def op_neg(self, name: str, args: Sequence[Any], inputs: list[Facts], out: Tensor) -> Facts:
         return replace(inputs[0], activation=None, square=False, mean_square=False, root=None)
 
@@ -240,9 +245,7 @@ class Flow(TorchDispatchMode):
     def op_rsqrt(self, name: str, args: Sequence[Any], inputs: list[Facts], out: Tensor) -> Facts:
         return self._take_root(inputs[0], -0.5)
 
-    def op_linalg_vector_norm(
-        self, name: str, args: Sequence[Any], inputs: list[Facts], out: Tensor
-    ) -> Facts:
+    def op_linalg_vector_norm(self, name: str, args: Sequence[Any], inputs: list[Facts], out: Tensor) -> Facts:
         return self._take_root(inputs[0], 0.5) if len(args) < 2 or args[1] == 2 else NOTHING
 
     op_norm = op_linalg_vector_norm
@@ -313,9 +316,7 @@ class Flow(TorchDispatchMode):
     def op_mul(self, name: str, args: Sequence[Any], inputs: list[Facts], out: Tensor) -> Facts:
         a, b = args[0], args[1]
         if not isinstance(a, Tensor) or not isinstance(b, Tensor):
-            return self._scaled(
-                inputs[0] if isinstance(a, Tensor) else inputs[1], b if isinstance(a, Tensor) else a
-            )
+            return self._scaled(inputs[0] if isinstance(a, Tensor) else inputs[1], b if isinstance(a, Tensor) else a)
         if out.is_complex():
             return self._complex_product(a, b)
         if inputs[0].constant and inputs[1].constant:
@@ -384,6 +385,9 @@ class Flow(TorchDispatchMode):
             if alpha is not None:
                 plain = abs(alpha - 1) < checks.TOLERANCE
                 return Facts(origin=fx.origin, activation="silu" if plain else "silu_alpha")
+            gate = self.facts(argument).origin
+            if fx.origin and gate and fx.origin.uid == gate.uid:
+                return Facts(origin=fx.origin, activation="silu_changed")
         elif function in ("tanh", "erf") and checks.is_gelu_factor(x, y):
             return Facts(origin=_plain(fx.origin, "scale"), activation="gelu")
         return None

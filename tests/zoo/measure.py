@@ -132,9 +132,7 @@ def run(model: nn.Module, built: Built, mode: Mode) -> reference.Results:
 
 def _longer(built: Built) -> Built:
     """The same model on inputs of another length and batch, so that sizes become dynamic."""
-    inputs = {
-        k: torch.cat([v, v[:1]], dim=0) if isinstance(v, Tensor) else v for k, v in built.inputs.items()
-    }
+    inputs = {k: torch.cat([v, v[:1]], dim=0) if isinstance(v, Tensor) else v for k, v in built.inputs.items()}
     if "input_ids" in inputs:
         inputs["input_ids"] = torch.cat([inputs["input_ids"], inputs["input_ids"][:, :4]], dim=1)
     return Built(built.name, built.model, inputs, built.config)

@@ -33,9 +33,7 @@ def names() -> list[str]:
     return [PREFIX + key for key in MODEL_MAPPING_NAMES if key not in decoders]
 
 
-def build(
-    name: str, dtype: torch.dtype = torch.float32, train: bool = False, seed: int = 0, **config: Any
-) -> Built:
+def build(name: str, dtype: torch.dtype = torch.float32, train: bool = False, seed: int = 0, **config: Any) -> Built:
     """The tiny base model `name`, with inputs; raises whatever transformers raises."""
     seed += zlib.crc32(name.encode()) % 10000
     torch.manual_seed(seed)
@@ -50,21 +48,15 @@ def build(
     model.train(train)
     rng = torch.Generator().manual_seed(seed)
     inputs = _inputs(model, cfg, rng)
-    inputs = {
-        k: v.to(dtype) if isinstance(v, Tensor) and v.is_floating_point() else v for k, v in inputs.items()
-    }
+    inputs = {k: v.to(dtype) if isinstance(v, Tensor) and v.is_floating_point() else v for k, v in inputs.items()}
     return Built(name, model, inputs, cfg)
 
 
 def _inputs(model: nn.Module, cfg: Any, rng: torch.Generator) -> dict[str, Any]:
     parameters = inspect.signature(model.forward).parameters
-    required = [
-        k for k, p in parameters.items() if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD
-    ]
+    required = [k for k, p in parameters.items() if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD]
     wanted = {model.main_input_name, *required}
-    wanted |= {
-        k for k in ("decoder_input_ids",) if k in parameters and getattr(cfg, "is_encoder_decoder", False)
-    }
+    wanted |= {k for k in ("decoder_input_ids",) if k in parameters and getattr(cfg, "is_encoder_decoder", False)}
     inputs: dict[str, Any] = {}
     for key in parameters:
         if key in wanted and key in MAKERS:

@@ -34,9 +34,7 @@ def reduced(cls: type, base: Any, ids: Iterator[int] | None = None) -> Kwargs:
             kwargs[key] = next(ids)
     rope_width = values.get("qk_rope_head_dim")
     if isinstance(rope_width, int) and rope_width and values.get("head_dim") == rope_width:
-        kwargs["head_dim"] = kwargs[
-            "qk_rope_head_dim"
-        ]  # latent attention: the table is as wide as its rope part
+        kwargs["head_dim"] = kwargs["qk_rope_head_dim"]  # latent attention: the table is as wide as its rope part
     kwargs.update(_layers(base, values))
     if isinstance(values.get("rope_parameters"), dict):
         kwargs["rope_parameters"] = rope(values["rope_parameters"], kwargs.get("head_dim") or 16)
@@ -86,9 +84,7 @@ def _layers(base: Any, values: Kwargs, least: int = 2, most: int = 6) -> Kwargs:
     depth_key = next((k for k in DEPTH_KEYS if isinstance(getattr(base, k, None), int)), None)
     depth = getattr(base, depth_key) if depth_key else 0
     lists = {
-        k: list(v)
-        for k, v in base.to_dict().items()
-        if isinstance(v, (list, tuple)) and len(v) == depth and depth > 2
+        k: list(v) for k, v in base.to_dict().items() if isinstance(v, (list, tuple)) and len(v) == depth and depth > 2
     }
     if depth_key is None or not lists:
         return {}

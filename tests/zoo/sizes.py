@@ -51,9 +51,7 @@ HEAD_WIDTHS = _all(
 ) | {"qk_rope_head_dim": 8, "qk_head_dim": 24, "q_lora_rank": 32, "rotary_dim": 8}
 
 LENGTHS = (
-    _all(
-        VOCAB, "vocab_size vocab_size_per_layer_input unpadded_vocab_size audio_vocab_size decoder_vocab_size"
-    )
+    _all(VOCAB, "vocab_size vocab_size_per_layer_input unpadded_vocab_size audio_vocab_size decoder_vocab_size")
     | _all(
         128,
         """max_position_embeddings n_positions n_ctx max_seq_len context_length max_target_positions
@@ -65,9 +63,7 @@ LENGTHS = (
 EXPERTS = (
     _all(4, "num_experts num_local_experts n_routed_experts moe_num_experts num_local_expert zero_expert_num")
     | _all(2, "num_experts_per_tok num_experts_per_token moe_k moe_topk moe_top_k top_k_experts")
-    | _all(
-        1, "n_group num_expert_group topk_group first_k_dense_replace num_dense_layers moe_layer_start_index"
-    )
+    | _all(1, "n_group num_expert_group topk_group first_k_dense_replace num_dense_layers moe_layer_start_index")
 )
 
 STATE_SPACE = _all(16, "state_size mamba_d_state ssm_state_size d_state mamba_chunk_size chunk_size") | {

@@ -80,7 +80,7 @@ def measure(name: str) -> dict[str, Any]:
 @click.option("--details", type=click.Path(path_type=Path), help="Also write every site to this JSON file.")
 def main(names: tuple[str, ...], write: bool, processes: int, details: Path | None) -> None:
     truth, sites = load(), {}
-    for name, result in isolated(measure, names or catalog.names(), processes=processes):
+    for name, result in isolated(measure, names or catalog.names("decoders"), processes=processes):
         if "error" in result:
             click.echo(f"{name}: {result['error'].splitlines()[0]} at {result['where']}")
             continue

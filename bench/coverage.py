@@ -1,0 +1,231 @@
+"""How much of every architecture npu_fuse fuses, and whether results stay right: the whole zoo, all modes.
+
+    python bench/coverage.py                              every decoder, bf16 inference
+    python bench/coverage.py --all-modes --kind all       everything (hours); stop and start again at will
+    python bench/coverage.py --mode fp32-train llama qwen3
+    python bench/coverage.py --summary                    only the table of what is in the results file
+
+Each model runs in a child process of its own. Results are kept in a JSON file as they come, and what is there
+already is not run again (`--again` does). Sites are counted by eager data flow (tests/zoo/truth.py), never by
+npu_fuse; what "right" means is written in tests/zoo/reference.py.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import click  # noqa: E402
+import torch  # noqa: E402
+from rich.console import Console  # noqa: E402
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn  # noqa: E402
+from rich.table import Table  # noqa: E402
+from zoo import catalog, measure, truth  # noqa: E402
+from zoo.isolate import isolated  # noqa: E402
+
+Record = dict[str, Any]
+OPS = ("rms_norm", "rotary_mul", "glu")
+KNOWN = truth.load()
+console = Console()
+
+
+def run_one(mode: str, name: str) -> Record:
+    """Measure one model; called in the child."""
+    torch.set_num_threads(1)
+    warnings.filterwarnings("ignore")
+    return measure.measure(name, mode)
+
+
+@click.command(help=__doc__)
+@click.argument("names", nargs=-1)
+@click.option("--mode", "modes", multiple=True, type=click.Choice(list(measure.MODES)), help="May be repeated.")
+@click.option("--all-modes", is_flag=True)
+@click.option("--kind", type=click.Choice(catalog.KINDS), default="decoders", show_default=True)
+@click.option("--output", type=click.Path(path_type=Path), default=Path("coverage.json"), show_default=True)
+@click.option("--processes", type=click.IntRange(1, 2), default=2, show_default=True)
+@click.option("--timeout", default=400.0, show_default=True, help="Seconds for one model in one mode.")
+@click.option("--again", is_flag=True, help="Run also what the results file has.")
+@click.option("--summary", is_flag=True, help="Run nothing.")
+@click.option("--missed", is_flag=True, help="List every site that was not fused, by reason.")
+def main(
+    names: tuple[str, ...],
+    modes: tuple[str, ...],
+    all_modes: bool,
+    kind: str,
+    output: Path,
+    processes: int,
+    timeout: float,
+    again: bool,
+    summary: bool,
+    missed: bool,
+) -> None:
+    results: dict[str, Record] = json.loads(output.read_text()) if output.exists() else {}
+    chosen = list(measure.MODES) if all_modes else list(modes) or ["bf16"]
+    if not summary:
+        for mode in chosen:
+            todo = [n for n in names or catalog.names(kind) if again or f"{mode}/{n}" not in results]
+            sweep(todo, mode, results, lambda: _save(results, output), processes, timeout)
+    console.print(coverage_table(results.values()))
+    console.print(health_table(results.values()))
+    short = [line for record in results.values() if (line := shortfall(record))]
+    for line in short:
+        console.print(line, markup=False, highlight=False)
+    if missed:
+        console.print(missed_table(results.values()))
+    problems = [line for record in results.values() for line in faults_of(record)]
+    for line in problems:
+        console.print(line, style="red", markup=False)
+    sys.exit(1 if problems else 0)
+
+
+def sweep(
+    names: list[str],
+    mode: str,
+    results: dict[str, Record],
+    save: Callable[[], None],
+    processes: int,
+    timeout: float,
+) -> None:
+    """Run `names` in `mode`, adding to `results` under "mode/name"."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console) as progress:
+        task = progress.add_task(mode, total=len(names))
+        for name, record in isolated(partial(run_one, mode), names, timeout, processes):
+            results[f"{mode}/{name}"] = {"name": name, "mode": mode, **record}
+            save()
+            progress.update(task, advance=1, description=f"{mode} {name}")
+
+
+def _save(results: dict[str, Record], output: Path) -> None:
+    partial_file = output.with_suffix(".partial")
+    partial_file.write_text(json.dumps(results, indent=1))
+    partial_file.replace(output)
+
+
+def faults_of(record: Record) -> list[str]:
+    """What must never happen, as lines of text: failures with npu_fuse only, results outside the bound."""
+    label = f"{record['mode']} {record['name']}"
+    found = []
+    if record.get("fused_error") and not record.get("plain_error"):
+        found.append(f"{label}: runs without npu_fuse and not with it: {record['fused_error']}")
+    accuracy = record.get("accuracy")
+    if accuracy and not accuracy["within_bound"]:
+        found.append(f"{label}: outside the bound: {', '.join(accuracy['outside'])}")
+    if record.get("graphs") and record["graphs"][0] != record["graphs"][1]:
+        found.append(f"{label}: {record['graphs'][0]} graphs without npu_fuse, {record['graphs'][1]} with it")
+    if record.get("guards") and record["guards"][1] > record["guards"][0]:
+        found.append(f"{label}: {record['guards'][0]} guards without npu_fuse, {record['guards'][1]} with it")
+    found += [f"{label}: fault inside npu_fuse: {fault}" for fault in record.get("faults", ())]
+    return found
+
+
+def shortfall(record: Record) -> str:
+    """What one model lacks of truth, as a line of text; empty if nothing."""
+    if "sites" not in record or record["plain_error"]:
+        return ""
+    parts = []
+    for op in OPS:
+        true, fused, profit = _counts(record, (op,))
+        if fused + profit < true:
+            parts.append(f"{op} {fused + profit} of {true}")
+    return f"{record['mode']} {record['name']}: {', '.join(parts)}" if parts else ""
+
+
+def coverage_table(records: Iterable[Record]) -> Table:
+    """Sites per forward pass, summed over models: one row per mode and operation."""
+    table = Table(title="sites that npu_fuse fused")
+    for column in ("mode", "op", "models", "true", "fused", "refused by profit", "share"):
+        table.add_column(column, justify="left" if column in ("mode", "op") else "right")
+    for mode, group in _by_mode(records).items():
+        ran = [r for r in group if "sites" in r and not r["plain_error"]]
+        for op in (*OPS, "all"):
+            counts = [_counts(r, OPS if op == "all" else (op,)) for r in ran]
+            true, fused, profit = (sum(column) for column in zip(*counts, strict=True)) if counts else (0, 0, 0)
+            share = f"{100 * (fused + profit) / true:.2f} %" if true else "-"
+            models = sum(n > 0 for n, _, _ in counts)
+            table.add_row(mode, op, *map(str, (models, true, fused, profit)), share, end_section=op == "all")
+    return table
+
+
+def _counts(record: Record, ops: tuple[str, ...]) -> tuple[int, int, int]:
+    """(true, fused, refused by profit); what one op has beyond truth never makes up for another's lack."""
+    true = fused = profit = 0
+    for op in ops:
+        wanted = KNOWN.get(record["name"], {}).get("expected", {}).get(op, 0)
+        done = min(wanted, record["sites"].get("fused", {}).get(op, 0))
+        true += wanted
+        fused += done
+        profit += min(wanted - done, record["sites"].get("refused_by_profit", {}).get(op, 0))
+    return true, fused, profit
+
+
+def health_table(records: Iterable[Record]) -> Table:
+    """Per mode: how many models ran, and what went wrong."""
+    table = Table(title="models")
+    columns = (
+        "mode",
+        "models",
+        "ran",
+        "decide",
+        "bit equal",
+        "outside bound",
+        "plain only",
+        "not even plain",
+        "no run",
+    )
+    for column in columns:
+        table.add_column(column, justify="left" if column == "mode" else "right")
+    for mode, group in _by_mode(records).items():
+        judged = [r["accuracy"] for r in group if r.get("accuracy")]
+        row = (
+            len(group),
+            len(judged),
+            sum(a["decides"] for a in judged),
+            sum(a["bit_equal"] for a in judged),
+            sum(not a["within_bound"] for a in judged),
+            sum(bool(r.get("fused_error")) and not r["plain_error"] for r in group),
+            sum(bool(r.get("plain_error")) for r in group),
+            sum("sites" not in r for r in group),
+        )
+        table.add_row(mode, *map(str, row))
+    return table
+
+
+def _by_mode(records: Iterable[Record]) -> dict[str, list[Record]]:
+    groups: dict[str, list[Record]] = {}
+    for record in records:
+        groups.setdefault(record["mode"], []).append(record)
+    return groups
+
+
+def missed_table(records: Iterable[Record]) -> Table:
+    """Sites not fused, grouped by operation, status and reason."""
+    groups: Counter[tuple[str, str, str]] = Counter()
+    models: dict[tuple[str, str, str], set[str]] = {}
+    for record in records:
+        for site in record.get("unfused", ()):
+            key = (site["op"], site["status"], site["reason"])
+            groups[key] += site["calls"]
+            models.setdefault(key, set()).add(f"{record['name']} {site['where']}")
+    table = Table(title="not fused")
+    for column in ("op", "status", "reason", "sites", "where"):
+        table.add_column(column, overflow="fold")
+    for key, number in groups.most_common():
+        examples = sorted(models[key])
+        table.add_row(*key, str(number), f"{', '.join(examples[:3])} ({len(examples)})")
+    return table
+
+
+if __name__ == "__main__":
+    main()
