@@ -8,14 +8,14 @@ from torch.fx import Node
 
 from npu_fuse import dialect as d
 from npu_fuse.sites import Site
-from npu_fuse.view import View
+from npu_fuse.view import View, static
 
 PLAIN = (FakeTensor, torch.Tensor, torch.nn.Parameter)
 
 
 def obstacle(view: View, site: Site) -> tuple[str, str] | None:
     """The reason code and the fact that forbid replacing the site, or None."""
-    return _values(view, site) or _scopes(view, site) or _writes(view, site)
+    return _values(view, site) or _precision(site) or _scopes(view, site) or _writes(view, site)
 
 
 def _values(view: View, site: Site) -> tuple[str, str] | None:
@@ -28,7 +28,7 @@ def _values(view: View, site: Site) -> tuple[str, str] | None:
             return "tensor.subclass", f"{node.name} is a {type(found).__name__}"
         if found.layout != torch.strided or found.is_quantized or found.is_nested:
             return "tensor.layout", f"{node.name} is no dense tensor ({found.layout})"
-        if any(isinstance(s, int) and s == 0 for s in found.shape):
+        if any(static(s) == 0 for s in found.shape):
             return "tensor.empty", f"{node.name} is empty: shape {tuple(found.shape)}"
         if found.dim() > 0:
             devices.add(found.device)
@@ -37,6 +37,27 @@ def _values(view: View, site: Site) -> tuple[str, str] | None:
     if devices and next(iter(devices)).type == "meta":
         return "tensor.meta", "the tensors hold no values (device meta)"
     return None
+
+
+def _precision(site: Site) -> tuple[str, str] | None:
+    """Values inside the site hold all that x holds, or all that the result holds.
+
+    What is rounded to less than both (float8, a statistic in float16 that overflows) computes something.
+    """
+    ends = {t.dtype for n in (site.inputs[0], site.output) if (t := d.tensor(n)) is not None}
+    for node in site.nodes:
+        found = d.tensor(node)
+        if found is None or not found.dtype.is_floating_point:
+            continue
+        if not any(end.is_floating_point and _holds(found.dtype, end) for end in ends):
+            kept = " and ".join(sorted(str(end).removeprefix("torch.") for end in ends))
+            return "dtype.narrow", f"{node.name} is rounded to {str(found.dtype).removeprefix('torch.')} between {kept}"
+    return None
+
+
+def _holds(wide: torch.dtype, narrow: torch.dtype) -> bool:
+    left, right = torch.finfo(wide), torch.finfo(narrow)
+    return left.max >= right.max and left.eps <= right.eps
 
 
 def _scopes(view: View, site: Site) -> tuple[str, str] | None:
@@ -58,6 +79,9 @@ def _writes(view: View, site: Site) -> tuple[str, str] | None:
         writes = view.mutations.get(view.storage.get(node, -1), ())
         if any(first <= w <= last for w in writes):
             return "write.input", f"{node.name} is written in place before the site ends"
+        output = d.tensor(site.output)
+        if output is not None and output.requires_grad and any(w > last for w in writes):
+            return "write.later", f"{node.name} is written in place later, and the fused op keeps it for backward"
     for node in site.nodes:
         writes = view.mutations.get(view.storage.get(node, -1), ())
         inside = [w for w in writes if view.position[node] < w <= last or view.nodes[w] in region]
