@@ -2,22 +2,33 @@
 
 __version__ = "0.1.0"
 
-# Nothing here imports torch: where torch itself fails to load, `doctor` must still be able to say why.
+import contextlib
+
+# Nothing above `backend` needs torch: where torch itself fails to load, `doctor` must still be able to say why.
 from npu_fuse import errors
 from npu_fuse.doctor import Finding, doctor
 from npu_fuse.options import Options, check_options
 from npu_fuse.report import GraphReport, SiteReport, Status, clear_reports, reports
 
+with contextlib.suppress(ImportError, OSError):
+    import torch  # noqa: F401
+
+    from npu_fuse.backend import backend
+    from npu_fuse.explain import ExplainReport, explain
+
 __all__ = [
+    "ExplainReport",
     "Finding",
     "GraphReport",
     "Options",
     "SiteReport",
     "Status",
     "__version__",
+    "backend",
     "check_options",
     "clear_reports",
     "doctor",
     "errors",
+    "explain",
     "reports",
 ]

@@ -14,7 +14,7 @@ import torch
 from torch.fx import Node
 
 from npu_fuse import dialect as d
-from npu_fuse.view import View, is_one, same_size
+from npu_fuse.view import View, is_one, same_size, static
 
 
 @dataclass
@@ -162,9 +162,10 @@ def mean_square_of(view: View, node: Node) -> MeanSquare | None:
     if name == "sum":
         width = 1
         for size in shape[len(shape) - dims :]:
-            if not isinstance(size, int):
+            known = static(size)
+            if known is None:
                 return None
-            width *= size
+            width *= known
         coefficient = float(width)
     square = _chain(d.unary(node))
     return MeanSquare(x, dims, coefficient, (node, *square, *passed))
@@ -180,8 +181,8 @@ def norm_of(view: View, node: Node) -> MeanSquare | None:
     if found is None or not isinstance(x, Node):
         return None
     dims = trailing_dims(node, found.shape, d.operand(node, 2, "dim"))
-    width = found.shape[-1]
-    if dims != 1 or not isinstance(width, int):
+    width = static(found.shape[-1]) if dims == 1 else None
+    if width is None:
         return None
     return MeanSquare(x, 1, float(width), (node,))
 

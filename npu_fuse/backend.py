@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch.fx import GraphModule
 
-from npu_fuse import shadow, steps
+from npu_fuse import dump, shadow, steps
 from npu_fuse.announce import announce
 from npu_fuse.capture import graphs_of
 from npu_fuse.handoff import hand_off, handoff_name
@@ -55,6 +55,8 @@ def plan(
 ) -> GraphReport:
     """Recognise, prove and lower in place; hand nothing off."""
     target = target if target is not None else target_of(options)
+    graph_id = next(_ids)
+    dump.graph(options, graph_id, "0_captured", gm)
     nodes = 0
     sites: list[SiteReport] = []
     errors: list[str] = []
@@ -74,8 +76,10 @@ def plan(
         except Exception as fault:
             logger.debug("npu_fuse left a graph alone", exc_info=True)
             errors.append(f"{type(fault).__name__}: {fault}")
+    dump.candidates(options, graph_id, sites)
+    dump.graph(options, graph_id, "2_lowered", gm)
     return GraphReport(
-        next(_ids), training, target.name, handoff_name(options, target, training), nodes, tuple(sites), seconds,
+        graph_id, training, target.name, handoff_name(options, target, training), nodes, tuple(sites), seconds,
         dynamic=_is_dynamic(example_inputs), errors=tuple(errors),
     )  # fmt: skip
 

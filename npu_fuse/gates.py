@@ -20,7 +20,7 @@ from npu_fuse.proofs import structure_key
 from npu_fuse.replay import CannotShrink, choose_sizes
 from npu_fuse.sites import Form, Site
 from npu_fuse.trace import Tracer, Untraceable, trace
-from npu_fuse.view import View, same_shape
+from npu_fuse.view import View, same_shape, static
 
 SILU, GELU_TANH, GELU_ERF = "silu", "gelu_tanh", "gelu_erf"
 ACTIVATIONS = frozenset("silu gelu sigmoid mul div tanh erf reciprocal cast".split())
@@ -331,7 +331,8 @@ def _gelu_factor(view: View, node: Any, x: Node) -> tuple[str, tuple[Node, ...]]
 def halves_of(view: View, gate: Node, up: Node) -> Halves | None:
     """The tensor whose last dimension holds gate and up, and how."""
     wanted = d.tensor(gate)
-    if wanted is None or not isinstance(wanted.shape[-1], int):
+    half = None if wanted is None or wanted.dim() < 1 else static(wanted.shape[-1])
+    if wanted is None or half is None:
         return None
     above_gate, above_up = _movement_above(gate), _movement_above(up)
     numbers = {view.vn(n): n for n in above_up}
@@ -339,9 +340,10 @@ def halves_of(view: View, gate: Node, up: Node) -> Halves | None:
         if view.vn(source) not in numbers:
             continue
         found = d.tensor(source)
-        if found is None or not isinstance(found.shape[-1], int) or found.dim() < 1:
+        if found is None or found.dim() != wanted.dim():
             continue
-        if found.dim() != wanted.dim() or found.shape[-1] < 2 * wanted.shape[-1]:
+        width = static(found.shape[-1])
+        if width is None or width < 2 * half:
             continue
         halves = _traced_halves(view, source, gate, up, above_gate, above_up)
         if halves is not None:
@@ -392,7 +394,9 @@ def _arrangement(
     tracer = Tracer()
     value = d.tensor(source)
     assert value is not None
-    width = value.shape[-1]
+    width = static(value.shape[-1])
+    if width is None:
+        return None
     try:
         sizes = choose_sizes((source,), 1, (2, 2, 2))
         shape = sizes.shape(value.shape)

@@ -17,7 +17,7 @@ from npu_fuse.report import Status
 from npu_fuse.rotation import narrowing_tail
 from npu_fuse.sites import Emit, Form, Miss, Refusal, Site
 from npu_fuse.targets import Target
-from npu_fuse.view import View
+from npu_fuse.view import View, static
 
 NO_BACKWARD = {
     "geglu": "npu_geglu_grad has a broken meta kernel in torch_npu 2.13: it cannot be traced for training",
@@ -71,7 +71,7 @@ def _merged_form(
         value = e.cast(env[halves.source], width)
         size, start = halves.width, halves.start
         full = d.tensor(halves.source)
-        if full is not None and full.shape[-1] != 2 * size:
+        if full is not None and static(full.shape[-1]) != 2 * size:
             value = e.call(torch.narrow, value, -1, start, 2 * size)
         interleaved = halves.arrange.startswith("interleaved")
         if halves.arrange == "up_gate":

@@ -15,6 +15,7 @@ from torch.fx import GraphModule
 
 from npu_fuse import ops
 from npu_fuse.errors import OptionError
+from npu_fuse.option_checks import check_mode
 from npu_fuse.options import Options
 from npu_fuse.targets import Target
 
@@ -43,6 +44,7 @@ def default_handoff(target: Target, training: bool) -> str:
 def hand_off(gm: GraphModule, example_inputs: Sequence[Any], options: Options, target: Target, training: bool) -> Any:
     """Compile the graph with the hand-off. Its exceptions are its own and go through."""
     name = handoff_name(options, target, training)
+    check_mode(name, options.mode)
     with _tagged(options.cache_tag()):
         if callable(options.handoff):
             return options.handoff(gm, list(example_inputs), **dict(options.handoff_options))

@@ -19,7 +19,6 @@ from torch.fx import Node
 
 from npu_fuse import dialect as d
 
-
 SMALL = 4
 """Sizes up to this stay: the three position streams of mrope, two halves, four experts."""
 

@@ -22,7 +22,7 @@ from npu_fuse.proofs import structure_key
 from npu_fuse.replay import CannotShrink, choose_sizes
 from npu_fuse.sites import Form, Site
 from npu_fuse.trace import BUFFERS, Complex, Tracer, Untraceable, trace
-from npu_fuse.view import View, same_shape
+from npu_fuse.view import View, same_shape, static
 
 MAX_STEPS, MAX_NODES, MAX_ELEMENTS = 8, 96, 1 << 16
 
@@ -311,8 +311,8 @@ def _read(region: Region, cut: list[Node], inputs: tuple[Node, ...], same: set[N
     tracer = Tracer()
     wanted = d.tensor(region.output)
     assert wanted is not None
-    width = wanted.shape[-1]
-    if not isinstance(width, int) or width < 2 or width % 2 or width > 2048:
+    width = static(wanted.shape[-1])
+    if width is None or width < 2 or width % 2 or width > 2048:
         return ""
     for shrink in (True, False):
         try:

@@ -246,8 +246,17 @@ def source_of(node: Node) -> Source:
     return Source(file, int(line) if line else None, function, code or None, module or None)
 
 
+def static(size: Any) -> int | None:
+    """The integer that a size is known to be, symbolic or not; asks no guard."""
+    if isinstance(size, int):
+        return size
+    expression = size.node.expr
+    return int(expression) if expression.is_number else None
+
+
 def same_size(left: Any, right: Any) -> bool:
     """Equal without asking a guard: the same integer, or the same symbolic expression."""
+    left, right = (s if static(s) is None else static(s) for s in (left, right))
     if isinstance(left, int) and isinstance(right, int):
         return left == right
     if isinstance(left, int) or isinstance(right, int):
@@ -261,4 +270,4 @@ def same_shape(left: Iterable[Any], right: Iterable[Any]) -> bool:
 
 
 def is_one(size: Any) -> bool:
-    return isinstance(size, int) and size == 1
+    return static(size) == 1

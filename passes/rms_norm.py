@@ -21,7 +21,7 @@ from npu_fuse.epsilon import default_epsilon
 from npu_fuse.report import Status
 from npu_fuse.sites import Form, Miss, Refusal, Rule, Site
 from npu_fuse.targets import Target
-from npu_fuse.view import View, widens
+from npu_fuse.view import View, static, widens
 
 NAME = "rms_norm"
 MAX_RANK = 8
@@ -290,8 +290,9 @@ def _site(
     value, result = d.tensor(x), d.tensor(output)
     if value is None or result is None or not value.dtype.is_floating_point or value.dtype.itemsize < 2:
         return Miss(NAME, anchor, "rms_norm.dtype", "the input is no 16-, 32- or 64-bit floating-point tensor")
-    shape = tuple(value.shape)[value.dim() - dims :]
-    if not all(isinstance(s, int) for s in shape):
+    widths = [static(s) for s in tuple(value.shape)[value.dim() - dims :]]
+    shape = tuple(s for s in widths if s is not None)
+    if len(shape) != dims:
         return Miss(NAME, anchor, "rms_norm.width", "the normalised width is symbolic")
     if result.dim() != value.dim():
         return Miss(NAME, anchor, "rms_norm.shape", "the result has another rank than x")
