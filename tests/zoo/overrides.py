@@ -27,7 +27,10 @@ _QWEN4 = {
     "indexer_budget": 8,
     "indexer_compress_ratio": 2,
 }
-_DOTS3_AUDIO = {"adapter_in_dim": 64, "hidden_size": 64, "d_model": 64, "adapter_out_dim": 64}
+_DOTS3 = {
+    "audio_config": {"adapter_input_size": 64, "hidden_size": 64, "adapter_out_dim": 64},
+    "vision_config": {"adapter_in_dim": 64, "adapter_out_dim": 64},
+}
 _ZAMBA_LAYERS = ["linear_attention", "hybrid", "linear_attention", "hybrid"]
 _VQ_WORDS = {"<image>": 39, "IMGIMGAAZ": 40, "IMGIMGABZ": 41}
 _ASSISTANT = {
@@ -60,7 +63,7 @@ CONFIG: dict[str, Kwargs] = {
         "n_group": 1,
         "topk_group": 1,
     },
-    "dots3_note": {"audio_config": _DOTS3_AUDIO},
+    "dots3_note": _DOTS3,
     "gemma3n_text": {
         "num_hidden_layers": 4,
         "num_kv_shared_layers": 2,
@@ -136,7 +139,7 @@ CONFIG: dict[str, Kwargs] = {
             "enable_moe_block": True,
         }
     },
-    "itt:dots3_note": {"audio_config": _DOTS3_AUDIO, "audio_token_id": 41},
+    "itt:dots3_note": {**_DOTS3, "audio_token_id": 41},
     "itt:emu3": {"vocabulary_map": _VQ_WORDS},
     "itt:ernie4_5_vl_moe": _mrope([3, 3, 2]),
     "itt:glm46v": _mrope([2, 3, 3], partial_rotary_factor=1.0),
@@ -145,12 +148,15 @@ CONFIG: dict[str, Kwargs] = {
     "itt:glm5_next": {"text_config": {"index_topk": 16}},
     "itt:glm_ocr": _mrope([2, 3, 3], partial_rotary_factor=1.0),
     "itt:glmga": _mrope([2, 3, 3], partial_rotary_factor=1.0),
+    "itt:granite4_vision": {"deepstack_layer_map": [[1, 0]], "downsample_rate": "2/4"},
     "itt:hunyuan_vl": {
         "text_config": {
             "head_dim": 16,
             **_mrope([2, 2, 2, 2], xdrope_section=[2, 2, 2, 2])["text_config"],
         }
     },
+    "itt:molmo2": {"adapter_config": {"vision_feature_layer": [1, 0]}},
+    "itt:nemotron_h_omni": {"vision_config": {"video_temporal_patch_size": 2}},
     "itt:paddleocr_vl": _mrope([2, 3, 3]),
     "itt:qwen2_5_omni_thinker": _mrope([2, 3, 3]),
     "itt:qwen2_5_vl": _mrope([2, 3, 3]),

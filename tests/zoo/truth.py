@@ -4,8 +4,9 @@
 part in this. `truth.json` keeps the reference counts: for the architectures that a second, older counter has
 measured (by hooks, patched functions and tags; "source": "given"), its numbers, else ours ("source": "flow").
 
-    python -m zoo.truth [NAMES...]         (from tests/) count again and print what disagrees with truth.json
-    python -m zoo.truth --write [NAMES...] and store the counts of the architectures that have no given ones
+From tests/, to count again and print what disagrees with truth.json:
+
+    python -m zoo.truth [NAMES...]
 """
 
 from __future__ import annotations
@@ -75,25 +76,32 @@ def measure(name: str) -> dict[str, Any]:
 
 @click.command(help=__doc__)
 @click.argument("names", nargs=-1)
-@click.option("--write", is_flag=True, help="Store counts for architectures without given ones.")
+@click.option("--kind", type=click.Choice(catalog.KINDS), default="decoders", show_default=True)
+@click.option("--write", is_flag=True, help="Store the counts of architectures without given ones.")
+@click.option("--new", is_flag=True, help="Only architectures that truth.json does not have.")
 @click.option("--processes", default=2, show_default=True)
-@click.option("--details", type=click.Path(path_type=Path), help="Also write every site to this JSON file.")
-def main(names: tuple[str, ...], write: bool, processes: int, details: Path | None) -> None:
-    truth, sites = load(), {}
-    for name, result in isolated(measure, names or catalog.names("decoders"), processes=processes):
+@click.option("--details", type=click.Path(path_type=Path), help="Write every site found into this folder.")
+def main(names: tuple[str, ...], kind: str, write: bool, new: bool, processes: int, details: Path | None) -> None:
+    known = load()
+    todo = [name for name in names or catalog.names(kind) if not (new and name in known)]
+    for name, result in isolated(measure, todo, processes=processes):
         if "error" in result:
-            click.echo(f"{name}: {result['error'].splitlines()[0]} at {result['where']}")
+            click.echo(f"{name}: {result['error'].splitlines()[0]} at {result.get('where')}")
             continue
-        sites[name] = result["sites"]
-        known = truth.get(name)
-        if known and expected(known["kinds"]) != expected(result["kinds"]):
-            click.echo(f"{name}: counted {result['kinds']}, truth.json has {known['kinds']}")
-        if not known or known["source"] == "flow":
-            truth[name] = {"source": "flow", "kinds": result["kinds"], "expected": expected(result["kinds"])}
-    if write:
-        TRUTH.write_text(json.dumps(dict(sorted(truth.items())), indent=1) + "\n")
-    if details:
-        details.write_text(json.dumps(sites, indent=1))
+        given = known.get(name)
+        if given and given["expected"] != expected(result["kinds"]):
+            click.echo(f"{name}: counted {result['kinds']}, truth.json has {given['kinds']}")
+        if write and not (given and given["source"] == "given"):
+            store(name, result["kinds"])
+        if details:
+            details.mkdir(parents=True, exist_ok=True)
+            (details / f"{name.replace(':', '_')}.json").write_text(json.dumps(result, indent=1))
+
+
+def store(name: str, kinds: dict[str, int]) -> None:
+    """Add our own count of `name` to truth.json."""
+    stored = load() | {name: {"source": "flow", "kinds": kinds, "expected": expected(kinds)}}
+    TRUTH.write_text(json.dumps(dict(sorted(stored.items())), indent=1) + "\n")
 
 
 if __name__ == "__main__":

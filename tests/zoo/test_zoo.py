@@ -1,0 +1,79 @@
+"""Coverage and correctness on a representative quarter of the decoders; `bench/coverage.py` runs the rest.
+
+    pytest tests/zoo -m zoo
+
+Each case compiles a tiny model with npu_fuse and with the hand-off alone. The number of sites to fuse comes from
+truth.json, counted without npu_fuse; what lacks in a model on purpose is in `UNFUSABLE`, with the reason.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("transformers")
+
+from . import catalog, measure, truth
+from .unfusable import UNFUSABLE
+
+pytestmark = pytest.mark.zoo
+
+QUARTER = [
+    line
+    for line in Path(__file__).with_name("quarter.txt").read_text().splitlines()
+    if line and not line.startswith("#")
+]
+OTHER_MODES = ("fp32", "bf16-train", "fp32-train", "autocast-train", "dynamic")
+# One of each family of spellings, for the modes that cost more.
+FEW = ("llama", "gemma3_text", "gpt_oss", "glm", "youtu", "qwen3_moe", "itt:qwen2_5_vl")
+CASES = [("bf16", name) for name in QUARTER] + [(mode, name) for mode in OTHER_MODES for name in FEW]
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+    torch.set_num_threads(threads)
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize(("mode", "name"), CASES)
+def test_architecture(mode: str, name: str) -> None:
+    record = measure.measure(name, mode)
+    if record["plain_error"]:
+        pytest.skip(f"does not run with the hand-off alone: {record['plain_error']}")
+
+    assert not record["fused_error"]
+    assert not record["faults"]
+    assert record["graphs"][0] == record["graphs"][1]
+    assert record["guards"][1] <= record["guards"][0]
+    assert record["accuracy"]["within_bound"], record["accuracy"]
+
+    wanted = truth.load()[name]["expected"]
+    sites = record["sites"]
+    for op, number in wanted.items():
+        done = sites.get("fused", {}).get(op, 0) + sites.get("refused_by_profit", {}).get(op, 0)
+        excused, _ = UNFUSABLE.get(name, {}).get(op, (0, ""))
+        assert done + excused >= number, f"{op}: {done} of {number}; not fused: {record['unfused']}"
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma3_text", "glm", "youtu", "hy_v4", "reformer", "codegen"])
+def test_counter_agrees_with_given_counts(name: str) -> None:
+    """The counter that judges is itself held to counts that another counter made."""
+    given = truth.load()[name]
+    assert given["source"] == "given"
+    assert truth.expected(truth.measure(name)["kinds"]) == given["expected"]
+
+
+def test_quarter_is_known() -> None:
+    known = truth.load()
+    assert len(set(QUARTER)) == len(QUARTER) >= 64
+    assert set(QUARTER) <= set(known)
+    assert set(QUARTER) <= set(catalog.names("decoders"))
