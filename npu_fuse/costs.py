@@ -13,16 +13,13 @@ from typing import Any
 from torch.fx import Node
 
 from npu_fuse import dialect as d
+from npu_fuse import ops
 from npu_fuse.report import Cost
 from npu_fuse.sites import Site
 
 FREE = (d.MOVEMENT - {"cat", "stack", "roll", "flip", "clone", "repeat", "repeat_interleave", "hstack"}) | {"detach"}
 KEEPS_RESULT = frozenset("rsqrt sqrt reciprocal sigmoid tanh exp".split())
 KEEPS_INPUT = frozenset("pow square silu gelu relu abs log norm rms_norm erf clamp".split())
-FUSED_KEEPS = {
-    "npu_rms_norm": (0, 1), "npu_rotary_mul": (1, 2), "npu_swiglu": (0,), "npu_geglu": (0,),
-    "npu_clipped_swiglu": (0,),
-}  # fmt: skip
 
 
 def before(site: Site) -> Cost:
@@ -68,7 +65,7 @@ def _is_free(node: Node) -> bool:
 
 def _kept(node: Node) -> list[Any]:
     name = d.name(node)
-    fused = FUSED_KEEPS.get(name)
+    fused = ops.kept_arguments(name)
     if fused is not None:
         return [t for i in fused if i < len(node.args) for t in _tensors(d.value(node.args[i]))]
     if name in KEEPS_RESULT:

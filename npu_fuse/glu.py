@@ -19,11 +19,6 @@ from npu_fuse.sites import Emit, Form, Miss, Refusal, Site
 from npu_fuse.targets import Target
 from npu_fuse.view import View, static
 
-NO_BACKWARD = {
-    "geglu": "npu_geglu_grad has a broken meta kernel in torch_npu 2.13: it cannot be traced for training",
-    "clipped_swiglu": "npu_clipped_swiglu has no backward in torch_npu: gradients would be lost silently",
-}
-
 Merged = Callable[[Emitter, Any, bool], Any]
 """The fused op on [gate | up] (False) or [gate0, up0, gate1, …] (True)."""
 Apart = Callable[[Emitter, Any, Any], Any]
@@ -112,12 +107,18 @@ def limits(site: Site, form: Form, target: Target) -> Refusal | None:
     if target.name == "npu" and value is not None:
         if value.dtype == torch.float64:
             return Refusal(Status.REFUSED_BY_TARGET, "glu.dtype", f"the op of {site.op} takes no float64")
-        if value.requires_grad and site.op in NO_BACKWARD:
-            return Refusal(Status.REFUSED_BY_TARGET, "glu.backward", NO_BACKWARD[site.op])
     if form.name.startswith("apart") and target.concatenates:
         return Refusal(Status.REFUSED_BY_TARGET, "glu.apart", "the op takes gate and up in one tensor")
     if form.name.startswith("concatenated") and not target.concatenates:
         return Refusal(
             Status.REFUSED_BY_PROFIT, "glu.concat", "gate and up would have to be concatenated (option glu_concat)"
         )
+    return None
+
+
+def no_backward(site: Site, target: Target, why: str) -> Refusal | None:
+    """The target's op cannot be trained: refuse where a gradient would pass through it."""
+    value = d.tensor(site.output)
+    if target.name == "npu" and value is not None and value.requires_grad:
+        return Refusal(Status.REFUSED_BY_TARGET, "glu.backward", why)
     return None

@@ -15,18 +15,21 @@ import torch
 NAMESPACE = "npu_fuse"
 _library = torch.library.Library(NAMESPACE, "DEF")  # type: ignore[no-untyped-call]
 _bodies: dict[str, Callable[..., Any]] = {}
+_keeps: dict[str, tuple[int, ...]] = {}
 
 
-def define(schema: str, body: Callable[..., Any]) -> None:
+def define(schema: str, body: Callable[..., Any], keeps: tuple[int, ...] = ()) -> None:
     """Register `schema` (name and arguments) with `body` as kernel on every device and as fake kernel.
 
-    The body must return what it promises on fake tensors: the same shapes, dtypes and strides.
+    The body must return what it promises on fake tensors: the same shapes, dtypes and strides. `keeps`
+    are the positions of the arguments that its backward needs.
     """
     _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))  # type: ignore[no-untyped-call]
     name = schema.split("(", maxsplit=1)[0]
     _library.impl(name, body, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
     torch.library.register_fake(f"{NAMESPACE}::{name}", body, lib=_library)
     _bodies[name] = body
+    _keeps[name] = keeps
 
 
 def differentiable(name: str, backward: Callable[..., Any], setup_context: Callable[..., None]) -> None:
@@ -37,6 +40,11 @@ def differentiable(name: str, backward: Callable[..., Any], setup_context: Calla
 def op(name: str) -> Any:
     """`torch.ops.npu_fuse.<name>.default`."""
     return getattr(getattr(torch.ops, NAMESPACE), name).default
+
+
+def kept_arguments(name: str) -> tuple[int, ...] | None:
+    """Positions of the arguments that the op's backward keeps; None where it is no op of ours."""
+    return _keeps.get(name)
 
 
 def decompositions() -> dict[Any, Callable[..., Any]]:

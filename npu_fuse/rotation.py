@@ -344,6 +344,8 @@ def _read(region: Region, cut: list[Node], inputs: tuple[Node, ...], same: set[N
 
 def _interpret(tracer: Tracer, ids: torch.Tensor, width: int, values: dict[Node, Any]) -> Turn | str:
     rows = ids.reshape(-1, width).tolist()
+    if not rows:
+        return "the tensor is empty"
     partners: list[int] = []
     table_main, table_rot = [], []
     mode, deinterleave = "", False
@@ -533,7 +535,8 @@ def emit_table(e: Emitter, node: Any, table: Table, dtype: torch.dtype) -> Any:
 
     def build(value: Any) -> Any:
         if table.part:
-            value = e.call(torch.select, e.call(torch.view_as_real, value), -1, 0 if table.part == "real" else 1)
+            parts = e.call(torch.view_as_real, e.call(torch.resolve_conj, value))
+            value = e.call(torch.select, parts, -1, 0 if table.part == "real" else 1)
         if table.flatten:
             value = e.call(torch.flatten, value, -table.flatten)
         if table.arrange == "tile":

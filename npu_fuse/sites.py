@@ -88,3 +88,5 @@ class Rule:
     limits: Callable[[Site, Form, Target], Refusal | None] | None = None
     training: bool = True
     """False where the fused op has no backward: the site is then left to the rules it composes."""
+    order: int = 20
+    """Rules of a lower order come first; a composition needs what it composes before it."""

@@ -90,10 +90,13 @@ def _writes(view: View, site: Site) -> tuple[str, str] | None:
         if any(view.nodes[w] not in region for w in inside):
             return "write.inner", f"{node.name} is written in place by code outside the site"
         for alias in view.aliases.get(view.storage[node], ()):
-            if alias not in region:
+            # A view taken when the site is done is a view of its result.
+            if alias not in region and view.position[alias] <= last:
                 return "write.alias", f"{alias.name} shares memory that the site writes"
-            if alias is not site.output and any(u not in region for u in alias.users):
+            if alias in region and alias is not site.output and any(u not in region for u in alias.users):
                 return "write.alias", f"{alias.name} is read elsewhere after the site wrote it"
+    if any(user not in region and view.position[user] < last for user in site.output.users):
+        return "write.read", f"{site.output.name} is read before the site has written all of it"
     return None
 
 

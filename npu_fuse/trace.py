@@ -177,6 +177,8 @@ def _compute(tracer: Tracer, node: Node, name: str, args: tuple[Any, ...], kwarg
         return tracer.add(args[0], tracer.mul(args[1], args[2]), float(kwargs.get("value", 1)))
     if name == "neg":
         return tracer.neg(args[0])
+    if name == "conj" and isinstance(args[0], Complex):
+        return Complex(args[0].real, tracer.neg(args[0].imag))
     if name == "div" and isinstance(args[1], (int, float)):
         return tracer.mul(args[0], 1.0 / float(args[1]))
     if name in ("sum",) and isinstance(args[0], torch.Tensor):
@@ -215,6 +217,8 @@ def _move(node: Node, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) 
         return torch.stack([args[0].real, args[0].imag], -1)
     if name in ("real", "imag") and isinstance(args[0], Complex):
         return args[0].real if name == "real" else args[0].imag
+    if name == "adjoint" and isinstance(args[0], Complex):
+        raise Untraceable("a conjugate transpose")
     function = d.function_of(node)
     if name == "expand_as":  # through methods that exist for both dialects
         args, function = (args[0], args[1].shape), torch.Tensor.expand

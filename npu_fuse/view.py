@@ -76,6 +76,8 @@ class View:
 
     def same_version(self, node: Node, reader: Node) -> bool:
         """The reader sees the node's value as it was made."""
+        if self.storage.get(node, -1) not in self.mutations:
+            return True
         made = self.position[node] + (1 if d.mutates(node) else 0)
         return self.version(node, self.position[reader]) == self.version(node, made)
 
@@ -161,8 +163,14 @@ def _label_scopes(view: View) -> None:
     grad: str = "ambient"
     depth = 0
     labels: dict[tuple[Any, ...], int] = {}
+    label = labels.setdefault((grad, (), depth), 0)
     for node in view.nodes:
-        raw = d.raw_name(node)
+        view.scope[node] = label
+        if depth > 0:
+            view.in_functorch.add(node)
+        raw = d.raw_name(node) if node.op == "call_function" else ""
+        if not raw.startswith("_"):
+            continue
         if raw == "_set_grad_enabled":
             grad = str(node.args[0])
         elif raw == "_enter_autocast":
@@ -173,7 +181,8 @@ def _label_scopes(view: View) -> None:
             depth += 1
         elif raw.endswith("_decrement_nesting"):
             depth -= 1
-        view.scope[node] = labels.setdefault((grad, tuple(stack), depth), len(labels))
+        label = labels.setdefault((grad, tuple(stack), depth), len(labels))
+        view.scope[node] = label
         if depth > 0:
             view.in_functorch.add(node)
 
@@ -201,25 +210,26 @@ def _impure(node: Node) -> bool:
 
 def value_key(view: View, node: Node) -> tuple[Hashable, ...] | None:
     """Operands as value numbers, everything else as text; None where an operand changed in between."""
-
-    def encode(arg: Any) -> Hashable:
-        if isinstance(arg, Node):
-            if not view.same_version(arg, node):
-                raise _ChangedOperandError
-            return ("v", view.value_number[arg])
-        if isinstance(arg, (tuple, list)):
-            return tuple(encode(a) for a in arg)
-        if isinstance(arg, slice):
-            return ("slice", encode(arg.start), encode(arg.stop), encode(arg.step))
-        return (type(arg).__name__, str(arg))
-
+    given = node.kwargs
     try:
-        args = tuple(encode(a) for a in node.args)
-        kwargs = tuple((k, encode(v)) for k, v in sorted(node.kwargs.items()))
+        args = tuple([_encode(view, node, a) for a in node.args])
+        kwargs = tuple([(k, _encode(view, node, given[k])) for k in sorted(given)]) if given else ()
     except _ChangedOperandError:
         return None
     found = d.tensor(node)
-    return (args, kwargs, str(found.dtype) if found is not None else "")
+    return (args, kwargs, found.dtype if found is not None else None)
+
+
+def _encode(view: View, reader: Node, arg: Any) -> Hashable:
+    if isinstance(arg, Node):
+        if not view.same_version(arg, reader):
+            raise _ChangedOperandError
+        return view.value_number[arg]
+    if isinstance(arg, (tuple, list)):
+        return ("tuple", *[_encode(view, reader, a) for a in arg])
+    if isinstance(arg, slice):
+        return ("slice", *[_encode(view, reader, a) for a in (arg.start, arg.stop, arg.step)])
+    return (arg.__class__, str(arg))
 
 
 class _ChangedOperandError(Exception):

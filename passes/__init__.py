@@ -1,19 +1,22 @@
-"""The fused ops, one file each, in the order in which their rules are tried.
+"""The fused ops, one file each: every module here that has a `RULE` is one, nothing has to be listed.
 
-The folder is the package `npu_fuse.passes`; imported under another name its ops would register twice.
+Rules are tried by their `order`: a composition comes after what it composes. The folder is the package
+`npu_fuse.passes`; imported under another name its ops would register twice.
 """
+
+import importlib
+import pkgutil
 
 if __name__ != "npu_fuse.passes":
     raise ImportError("write `import npu_fuse.passes`, not `import passes`")
 
-from npu_fuse.passes import add_rms_norm, clipped_swiglu, geglu, rms_norm, rotary_mul, swiglu
 from npu_fuse.sites import Rule
 
-RULES: tuple[Rule, ...] = (
-    rms_norm.RULE,
-    add_rms_norm.RULE,
-    rotary_mul.RULE,
-    swiglu.RULE,
-    geglu.RULE,
-    clipped_swiglu.RULE,
-)
+
+def _rules() -> tuple[Rule, ...]:
+    modules = [importlib.import_module(f"{__name__}.{found.name}") for found in pkgutil.iter_modules(__path__)]
+    rules = [module.RULE for module in modules if hasattr(module, "RULE")]
+    return tuple(sorted(rules, key=lambda rule: (rule.order, rule.name)))
+
+
+RULES: tuple[Rule, ...] = _rules()

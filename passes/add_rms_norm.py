@@ -120,4 +120,4 @@ def limits(site: Site, form: Form, target: Target) -> Refusal | None:
     return None
 
 
-RULE = Rule(NAME, recognise, limits, training=False)
+RULE = Rule(NAME, recognise, limits, training=False, order=90)

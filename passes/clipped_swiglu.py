@@ -15,7 +15,8 @@ from npu_fuse import dialect as d
 from npu_fuse import gates as g
 from npu_fuse import glu, ops
 from npu_fuse.emit import Emitter
-from npu_fuse.sites import Miss, Rule, Site
+from npu_fuse.sites import Form, Miss, Refusal, Rule, Site
+from npu_fuse.targets import Target
 from npu_fuse.view import View
 
 NAME = "clipped_swiglu"
@@ -93,13 +94,17 @@ ops.define(
     " float bias=1., bool interleaved=True) -> Tensor",
     _forward,
 )
-ops.define("clipped_swiglu(Tensor x, float alpha, float limit, float bias, bool interleaved) -> Tensor", _trained)
+ops.define(
+    "clipped_swiglu(Tensor x, float alpha, float limit, float bias, bool interleaved) -> Tensor", _trained, keeps=(0,)
+)
 ops.define(
     "clipped_swiglu_backward(Tensor dy, Tensor x, float alpha, float limit, float bias, bool interleaved) -> Tensor",
     _backward_op,
 )
 ops.differentiable("clipped_swiglu", _backward, _setup)
-ops.define("clipped_swiglu_apart(Tensor gate, Tensor up, float alpha, float limit, float bias) -> Tensor", _apart)
+ops.define(
+    "clipped_swiglu_apart(Tensor gate, Tensor up, float alpha, float limit, float bias) -> Tensor", _apart, keeps=(0, 1)
+)
 ops.define(
     "clipped_swiglu_apart_backward(Tensor dy, Tensor gate, Tensor up, float alpha, float limit, float bias)"
     " -> (Tensor, Tensor)",
@@ -133,4 +138,11 @@ def recognise(view: View) -> list[Site | Miss]:
     return found
 
 
-RULE = Rule(NAME, recognise, glu.limits)
+NO_BACKWARD = "npu_clipped_swiglu has no backward in torch_npu: gradients would be lost silently"
+
+
+def limits(site: Site, form: Form, target: Target) -> Refusal | None:
+    return glu.no_backward(site, target, NO_BACKWARD) or glu.limits(site, form, target)
+
+
+RULE = Rule(NAME, recognise, limits, order=30)

@@ -14,7 +14,8 @@ import torch
 from npu_fuse import gates as g
 from npu_fuse import glu, ops
 from npu_fuse.emit import Emitter, item
-from npu_fuse.sites import Miss, Rule, Site
+from npu_fuse.sites import Form, Miss, Refusal, Rule, Site
+from npu_fuse.targets import Target
 from npu_fuse.view import View
 
 NAME = "geglu"
@@ -88,7 +89,9 @@ def _backward_apart(ctx: Any, dy: torch.Tensor) -> Any:
 
 
 ops.define(
-    "npu_geglu(Tensor self, int dim=-1, int approximate=1, bool activate_left=False) -> (Tensor, Tensor)", _forward
+    "npu_geglu(Tensor self, int dim=-1, int approximate=1, bool activate_left=False) -> (Tensor, Tensor)",
+    _forward,
+    keeps=(0,),
 )
 ops.define(
     "npu_geglu_grad(Tensor grad_output, Tensor self, Tensor gelu, int dim=-1, int approximate=1,"
@@ -96,7 +99,7 @@ ops.define(
     _backward_op,
 )
 ops.differentiable("npu_geglu", _backward, _setup)
-ops.define("geglu_apart(Tensor gate, Tensor up, int approximate=1) -> Tensor", _apart)
+ops.define("geglu_apart(Tensor gate, Tensor up, int approximate=1) -> Tensor", _apart, keeps=(0, 1))
 ops.define(
     "geglu_apart_backward(Tensor dy, Tensor gate, Tensor up, int approximate=1) -> (Tensor, Tensor)", _apart_backward_op
 )
@@ -123,4 +126,11 @@ def recognise(view: View) -> list[Site | Miss]:
     return found
 
 
-RULE = Rule(NAME, recognise, glu.limits)
+NO_BACKWARD = "npu_geglu_grad has a broken meta kernel in torch_npu 2.13: it cannot be traced for training"
+
+
+def limits(site: Site, form: Form, target: Target) -> Refusal | None:
+    return glu.no_backward(site, target, NO_BACKWARD) or glu.limits(site, form, target)
+
+
+RULE = Rule(NAME, recognise, limits, order=30)

@@ -67,7 +67,7 @@ def _backward(ctx: Any, dy: torch.Tensor | None, _: Any) -> Any:
     return dx, dgamma.to(gamma.dtype), None
 
 
-ops.define("npu_rms_norm(Tensor self, Tensor gamma, float epsilon=1e-06) -> (Tensor, Tensor)", _forward)
+ops.define("npu_rms_norm(Tensor self, Tensor gamma, float epsilon=1e-06) -> (Tensor, Tensor)", _forward, keeps=(0, 1))
 ops.define("npu_rms_norm_backward(Tensor dy, Tensor self, Tensor gamma, Tensor rstd) -> (Tensor, Tensor)", _backward_op)
 ops.differentiable("npu_rms_norm", _backward, _setup)
 
@@ -368,4 +368,4 @@ def limits(site: Site, form: Form, target: Target) -> Refusal | None:
     return None
 
 
-RULE = Rule(NAME, recognise, limits)
+RULE = Rule(NAME, recognise, limits, order=10)

@@ -84,7 +84,9 @@ def _backward(ctx: Any, dy: torch.Tensor) -> Any:
 
 
 ops.define(
-    "npu_rotary_mul(Tensor self, Tensor r1, Tensor r2, str rotary_mode='half', Tensor? rotate=None) -> Tensor", _forward
+    "npu_rotary_mul(Tensor self, Tensor r1, Tensor r2, str rotary_mode='half', Tensor? rotate=None) -> Tensor",
+    _forward,
+    keeps=(1, 2),
 )
 ops.define("npu_rotary_mul_dx(Tensor dy, Tensor r1, Tensor r2, str rotary_mode='half') -> Tensor", _backward_op)
 ops.define(
@@ -272,4 +274,4 @@ def _tiling_limit(turn: r.Turn, x: torch.Tensor, cos: torch.Tensor, site: Site) 
     return None
 
 
-RULE = Rule(NAME, recognise, limits)
+RULE = Rule(NAME, recognise, limits, order=20)

@@ -60,10 +60,10 @@ def _backward_apart(ctx: Any, dy: torch.Tensor) -> Any:
     return ops.op("swiglu_apart_backward")(dy, *ctx.saved_tensors)
 
 
-ops.define("npu_swiglu(Tensor self, int dim=-1) -> Tensor", _forward)
+ops.define("npu_swiglu(Tensor self, int dim=-1) -> Tensor", _forward, keeps=(0,))
 ops.define("npu_swiglu_backward(Tensor grad_output, Tensor self, int dim=-1) -> Tensor", _backward_op)
 ops.differentiable("npu_swiglu", _backward, _setup)
-ops.define("swiglu_apart(Tensor gate, Tensor up) -> Tensor", _apart)
+ops.define("swiglu_apart(Tensor gate, Tensor up) -> Tensor", _apart, keeps=(0, 1))
 ops.define("swiglu_apart_backward(Tensor dy, Tensor gate, Tensor up) -> (Tensor, Tensor)", _apart_backward_op)
 ops.differentiable("swiglu_apart", _backward_apart, _setup_apart)
 
@@ -86,4 +86,4 @@ def _call_apart(e: Emitter, gate: Any, up: Any) -> Any:
     return e.fused("swiglu_apart", gate, up)
 
 
-RULE = Rule(NAME, recognise, glu.limits)
+RULE = Rule(NAME, recognise, glu.limits, order=30)
