@@ -68,23 +68,29 @@ def raw_name(node: Node) -> str:
 
 def name(node: Node) -> str:
     """The canonical name: in-place and operator forms have the name of what they compute."""
-    cached = node.meta.get("npu_fuse_name")
-    if cached is not None:
-        return cast(str, cached)
+    op = node.op
+    if op != "call_function" and op != "call_method":
+        return ""
+    result = _names.get(node.target)
+    if result is None:
+        result = _names[node.target] = _canonical(node)
+    if result == "cast":
+        return "cast" if is_float_cast(node) else "cast:other"
+    if result == "getattr":
+        return {"T": "t", "mT": "mT", "real": "real", "imag": "imag"}.get(str(node.args[1]), "getattr")
+    return result
+
+
+_names: dict[Any, str] = {}
+"""Canonical names by target: a target means the same in every graph."""
+
+
+def _canonical(node: Node) -> str:
     raw = raw_name(node)
     if raw.endswith("_") and not raw.endswith("__") and len(raw) > 1 and not _is_python_operator(node):
         raw = raw[:-1]
     result = ALIASES.get(raw, raw)
-    if result in CASTS:
-        result = "cast" if is_float_cast(node) else f"cast:{raw}"
-    elif result == "getattr" or raw == "getattr":
-        result = {"T": "t", "mT": "mT", "real": "real", "imag": "imag"}.get(str(node.args[1]), "getattr")
-    elif result == "pow" and raw == "rpow":
-        result = "rpow"
-    elif result == "detach":
-        result = "detach"
-    node.meta["npu_fuse_name"] = result
-    return result
+    return "cast" if result in CASTS else result
 
 
 def _is_python_operator(node: Node) -> bool:
