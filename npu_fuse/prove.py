@@ -81,23 +81,24 @@ def prove(site: Site, form: Form, numerics: str = "fused", target: Target = REFE
 
 
 class _isolated:
-    """Autocast off, gradients on, the user's random state and default dtype untouched."""
+    """Autocast off, gradients on, float32 by default, and all as it was afterwards. Generators are our own."""
 
     def __enter__(self) -> None:
         self._stack: list[Any] = [
             torch.inference_mode(False),
             torch.enable_grad(),
-            torch.random.fork_rng(devices=[]),
             torch.autocast("cpu", enabled=False),
             torch.utils._python_dispatch._disable_current_modes(),
         ]
         self._dtype = torch.get_default_dtype()
         for context in self._stack:
             context.__enter__()
-        torch.set_default_dtype(torch.float32)
+        if self._dtype != torch.float32:
+            torch.set_default_dtype(torch.float32)
 
     def __exit__(self, *exc: Any) -> None:
-        torch.set_default_dtype(self._dtype)
+        if self._dtype != torch.float32:
+            torch.set_default_dtype(self._dtype)
         for context in reversed(self._stack):
             context.__exit__(*exc)
 
