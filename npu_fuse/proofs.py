@@ -16,6 +16,7 @@ from npu_fuse.sites import Form, Site
 from npu_fuse.targets import REFERENCE, Target
 
 _verdicts: dict[str, Verdict] = {}
+_digests: dict[Hashable, str] = {}
 
 
 def verdict_on(
@@ -28,8 +29,9 @@ def verdict_on(
         if found is None and disk is not None:
             found = disk.load(key)
         if found is not None:
-            _verdicts[key] = found
-            return replace(found, facts=replace(found.facts, cached=True))
+            if not found.facts.cached:
+                found = _verdicts[key] = replace(found, facts=replace(found.facts, cached=True))
+            return found
     verdict = prove(site, form, numerics, target)
     _verdicts[key] = verdict
     if disk is not None:
@@ -40,20 +42,26 @@ def verdict_on(
 def forget_verdicts() -> None:
     """Prove everything anew (for tests and measurements)."""
     _verdicts.clear()
+    _digests.clear()
 
 
 def structure_key(site: Site, form: Form, numerics: str) -> str:
     """Equal for sites that compute the same on tensors of the same shapes and dtypes."""
     names: dict[Node, int] = {n: -1 - i for i, n in enumerate(site.inputs)}
-    parts: list[Any] = [torch.__version__, site.op, form.name, str(form.key), numerics, str(site.facts.get("kept"))]
+    parts: list[Hashable] = [site.op, form.name, str(form.key), numerics, site.facts.get("kept")]
     parts += [_described(n) for n in site.inputs]
     names |= {twin: names[node] for twin, node in site.twins}
     for node in site.nodes:
         names[node] = len(parts)
         args, kwargs = (node.args, node.kwargs) if d.name(node) != "cast" else (node.args[:1], {})
-        parts.append((_target(node), _encode(args, names), _encode(kwargs, names), _described(node)))
+        given = _encode(kwargs, names) if kwargs else ()
+        parts.append((_target(node), _encode(args, names), given, _described(node)))
     parts += [names.get(n) for n in (site.output, *site.extra_outputs)]
-    return hashlib.sha256(repr(parts).encode()).hexdigest()
+    key = tuple(parts)
+    digest = _digests.get(key)
+    if digest is None:
+        digest = _digests[key] = hashlib.sha256(repr((torch.__version__, key)).encode()).hexdigest()
+    return digest
 
 
 def _target(node: Node) -> str:
@@ -64,16 +72,18 @@ def _described(node: Node) -> Hashable:
     found = d.tensor(node)
     if found is None:
         return type(d.value(node)).__name__
-    return (str(found.dtype), tuple(str(s) for s in found.shape), found.requires_grad)
+    shape = tuple([s if s.__class__ is int else str(s) for s in found.shape])
+    return (found.dtype, shape, found.requires_grad)
 
 
-def _encode(arg: Any, names: dict[Node, int]) -> Any:
+def _encode(arg: Any, names: dict[Node, int]) -> Hashable:
+    """Nodes of the site as integers, everything else as text."""
     if isinstance(arg, Node):
-        return f"%{names[arg]}" if arg in names else f"outer:{d.value(arg)}"
+        return names[arg] if arg in names else f"outer:{d.value(arg)}"
     if isinstance(arg, (tuple, list)):
-        return [_encode(a, names) for a in arg]
+        return tuple([_encode(a, names) for a in arg])
     if isinstance(arg, dict):
-        return [(k, _encode(v, names)) for k, v in sorted(arg.items())]
+        return tuple([(k, _encode(v, names)) for k, v in sorted(arg.items())])
     if isinstance(arg, slice):
-        return ["slice", _encode(arg.start, names), _encode(arg.stop, names), _encode(arg.step, names)]
+        return ("slice", _encode(arg.start, names), _encode(arg.stop, names), _encode(arg.step, names))
     return str(arg)
