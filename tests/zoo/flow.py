@@ -267,7 +267,7 @@ class Flow(TorchDispatchMode):
             return Facts(constant=True)
         root = Root(next(_ids), power, of.mean_square)
         if of.mean_square and power:
-            self._roots[root.uid] = Site("rmsnorm_scale_only", *_place(self))
+            self._roots[root.uid] = Site("rms_statistic", *_place(self))
         return Facts(root=root)
 
     # sums

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 import torch
@@ -22,11 +21,7 @@ from .unfusable import UNFUSABLE
 
 pytestmark = pytest.mark.zoo
 
-QUARTER = [
-    line
-    for line in Path(__file__).with_name("quarter.txt").read_text().splitlines()
-    if line and not line.startswith("#")
-]
+QUARTER = catalog.names("quarter")
 OTHER_MODES = ("fp32", "bf16-train", "fp32-train", "autocast-train", "dynamic")
 # One of each family of spellings, for the modes that cost more.
 FEW = ("llama", "gemma3_text", "gpt_oss", "glm", "youtu", "qwen3_moe", "itt:qwen2_5_vl")

@@ -45,9 +45,7 @@ def count(model: nn.Module, inputs: Mapping[str, Any]) -> list[Site]:
 
 
 def _named(site: Site) -> Site:
-    if site.kind == "rmsnorm_scale_only":
-        site.kind = "rmsnorm"
-    elif site.kind == "rmsnorm" and not site.weighted:
+    if site.kind == "rmsnorm" and not site.weighted:
         site.kind = "rmsnorm_noweight"
     return site
 
