@@ -127,7 +127,7 @@ def differences(report: ExplainReport, required: Mapping[str, int]) -> list[str]
     from npu_fuse.report import Status
 
     sites = [site for graph in report.graphs for site in graph.sites]
-    fused = Counter(site.op for site in sites if site.status is Status.FUSED)
+    fused = Counter(op for site in sites if site.status is Status.FUSED for op in (site.op, *site.contains))
     lines = []
     for op, count in required.items():
         if fused[op] == count:

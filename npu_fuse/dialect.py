@@ -68,8 +68,7 @@ def raw_name(node: Node) -> str:
 
 def name(node: Node) -> str:
     """The canonical name: in-place and operator forms have the name of what they compute."""
-    op = node.op
-    if op != "call_function" and op != "call_method":
+    if not node.op.startswith("call_"):
         return ""
     result = _names.get(node.target)
     if result is None:

@@ -103,6 +103,9 @@ class GraphEmitter:
     def _fake(self, node: Node, function: Callable[..., Any], args: Any, kwargs: Any) -> None:
         if self.fake_mode is None:
             return
+        if function is operator.getitem and isinstance(found := d.value(args[0]), tuple):
+            node.meta["example_value"] = found[args[1]]
+            return
         values = torch.fx.node.map_arg(args, d.value)
         named = torch.fx.node.map_arg(kwargs, d.value)
         try:
@@ -156,16 +159,18 @@ class GraphEmitter:
 def _kind(value: Any) -> Hashable:
     """Equal for arguments on which an op gives results of the same shapes, strides and dtypes. Adds no guard."""
     if isinstance(value, torch.Tensor):
-        return (type(value), value.dtype, value.device, _kind(tuple(value.shape)), _kind(value.stride()))
+        sizes = (*value.shape, *value.stride())
+        known = tuple([s if s.__class__ is int else _kind(s) for s in sizes])
+        return (value.__class__, value.dtype, value.device, known)
     if isinstance(value, (torch.SymInt, torch.SymFloat, torch.SymBool)):
         return ("symbol", value.node.expr)
     if isinstance(value, (tuple, list)):
-        return tuple(_kind(v) for v in value)
+        return tuple([_kind(v) for v in value])
     if isinstance(value, dict):
-        return tuple((k, _kind(v)) for k, v in sorted(value.items()))
+        return tuple([(k, _kind(v)) for k, v in sorted(value.items())])
     if isinstance(value, slice):
         return ("slice", _kind(value.start), _kind(value.stop), _kind(value.step))
-    return (type(value), value)
+    return (value.__class__, value)
 
 
 def _latest(nodes: Sequence[Node]) -> Node | None:

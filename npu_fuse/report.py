@@ -85,6 +85,8 @@ class SiteReport:
     before: Cost = Cost()
     after: Cost = Cost()
     notes: tuple[str, ...] = ()
+    contains: tuple[str, ...] = ()
+    """Simpler ops that this one does as well: add_rms_norm contains an rms_norm."""
 
 
 @dataclass(frozen=True)
@@ -103,7 +105,8 @@ class GraphReport:
     """Faults inside npu_fuse; the graph was handed on as it was."""
 
     def count(self, status: Status, op: str | None = None) -> int:
-        return sum(s.status is status and op in (None, s.op) for s in self.sites)
+        """Sites of that status; of `op` only, those contained in a bigger fusion included."""
+        return sum(s.status is status and op in (None, s.op, *s.contains) for s in self.sites)
 
 
 _lock = threading.Lock()

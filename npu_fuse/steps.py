@@ -171,7 +171,13 @@ def _site_report(candidate: Candidate) -> SiteReport:
         params=dict(site.params) if site is not None else {},
         rounding=rounding_path(site) if site is not None else (),
         proof=candidate.proof, before=candidate.before, after=candidate.after, notes=tuple(candidate.notes),
+        contains=_contained(site),
     )  # fmt: skip
+
+
+def _contained(site: Site | None) -> tuple[str, ...]:
+    inner = site.replaces if site is not None else None
+    return () if inner is None else (inner.op, *_contained(inner))
 
 
 def rounding_path(site: Site) -> tuple[str, ...]:
