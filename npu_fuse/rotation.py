@@ -247,7 +247,8 @@ def turn_of(view: View, region: Region, x: Node) -> Turn | str:
     """The rotation of x that the region computes; "" where it is none, a fact where it nearly is one."""
     same = {n for n in (*region.nodes, *region.leaves) if view.vn(n) == view.vn(x)}
     cut = _above(region, same)
-    others = [n for n in region.leaves if n not in same and _reached(n, cut, region.output)]
+    reached = {n for node in cut for n in node.all_input_nodes}
+    others = [n for n in region.leaves if n not in same and n in reached]
     inputs = (*sorted(same & _operands(cut), key=view.position.__getitem__), *others)
     if not inputs or len(inputs) == len(others):
         return ""
@@ -267,6 +268,7 @@ def _above(region: Region, same: set[Node]) -> list[Node]:
     """The region's nodes that are needed when the values in `same` are given."""
     inside = set(region.nodes)
     needed: set[Node] = set()
+    writes = [n for n in region.nodes if n.target is operator.setitem]
     stack = [region.output]
     while stack:
         node = stack.pop()
@@ -274,13 +276,8 @@ def _above(region: Region, same: set[Node]) -> list[Node]:
             continue
         needed.add(node)
         stack += d.data_inputs(node)
-        stack += [u for u in node.users if u.target is operator.setitem and u.args[0] is node]
+        stack += [w for w in writes if w.args[0] is node]
     return [n for n in region.nodes if n in needed]
-
-
-def _reached(leaf: Node, cut: list[Node], output: Node) -> bool:
-    inside = set(cut)
-    return any(u in inside for u in leaf.users)
 
 
 def _indexed(turn: Turn | str, order: tuple[Node, ...]) -> Any:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -130,8 +130,13 @@ def put_in(gm: GraphModule, view: View, candidates: Sequence[Candidate], target:
     ]
     if not accepted:
         return
+    known: dict[Hashable, Cost] = {}
     for entry in accepted:
-        candidates[entry.index].before = costs.before(entry.site)
+        candidate = candidates[entry.index]
+        key = ("before", id(candidate.proof))  # sites of one structure have their proof in common
+        if key not in known:
+            known[key] = costs.before(entry.site)
+        candidate.before = known[key]
     for result in lower(gm, view, accepted, target, _fake_mode(view)):
         candidate = candidates[result.index]
         if result.error:
@@ -139,7 +144,10 @@ def put_in(gm: GraphModule, view: View, candidates: Sequence[Candidate], target:
         elif result.refused:
             candidate.refuse(Status.REFUSED_BY_PROOF, "interface", f"same interface: {result.refused}")
         else:
-            candidate.after = costs.after(result.made, candidate.site)
+            key = ("after", id(candidate.proof), *[n.target for n in result.made])
+            if key not in known:
+                known[key] = costs.after(result.made, candidate.site)
+            candidate.after = known[key]
 
 
 def _fake_mode(view: View) -> Any:
