@@ -42,6 +42,14 @@ def op(name: str) -> Any:
     return getattr(getattr(torch.ops, NAMESPACE), name).default
 
 
+def backward_op(name: str) -> Callable[..., Any]:
+    """The op that computes a backward, or its body where a second derivative is asked for (`create_graph`).
+
+    An op of ours has one derivative only; its body is plain torch and has all.
+    """
+    return _bodies[name] if torch.is_grad_enabled() else op(name)
+
+
 def kept_arguments(name: str) -> tuple[int, ...] | None:
     """Positions of the arguments that the op's backward keeps; None where it is no op of ours."""
     return _keeps.get(name)

@@ -76,7 +76,7 @@ def _setup(ctx: Any, inputs: Any, output: Any) -> None:
 
 
 def _backward(ctx: Any, dy: torch.Tensor) -> Any:
-    dx = ops.op("clipped_swiglu_backward")(dy, ctx.saved_tensors[0], *ctx.rest)
+    dx = ops.backward_op("clipped_swiglu_backward")(dy, ctx.saved_tensors[0], *ctx.rest)
     return dx, None, None, None, None
 
 
@@ -86,7 +86,7 @@ def _setup_apart(ctx: Any, inputs: Any, output: Any) -> None:
 
 
 def _backward_apart(ctx: Any, dy: torch.Tensor) -> Any:
-    return *ops.op("clipped_swiglu_apart_backward")(dy, *ctx.saved_tensors, *ctx.rest), None, None, None
+    return *ops.backward_op("clipped_swiglu_apart_backward")(dy, *ctx.saved_tensors, *ctx.rest), None, None, None
 
 
 ops.define(

@@ -39,7 +39,7 @@ def _setup(ctx: Any, inputs: Any, output: Any) -> None:
 
 
 def _backward(ctx: Any, dy: torch.Tensor) -> Any:
-    return ops.op("npu_fast_gelu_backward")(dy, ctx.saved_tensors[0])
+    return ops.backward_op("npu_fast_gelu_backward")(dy, ctx.saved_tensors[0])
 
 
 ops.define("npu_fast_gelu(Tensor self) -> Tensor", _forward, keeps=(0,))

@@ -76,7 +76,7 @@ def _setup(ctx: Any, inputs: Any, output: Any) -> None:
 
 
 def _backward(ctx: Any, dy: torch.Tensor, _: Any) -> Any:
-    return ops.op("npu_geglu_grad")(dy, *ctx.saved_tensors, *ctx.rest), None, None, None
+    return ops.backward_op("npu_geglu_grad")(dy, *ctx.saved_tensors, *ctx.rest), None, None, None
 
 
 def _setup_apart(ctx: Any, inputs: Any, output: Any) -> None:
@@ -85,7 +85,7 @@ def _setup_apart(ctx: Any, inputs: Any, output: Any) -> None:
 
 
 def _backward_apart(ctx: Any, dy: torch.Tensor) -> Any:
-    return *ops.op("geglu_apart_backward")(dy, *ctx.saved_tensors, ctx.approximate), None
+    return *ops.backward_op("geglu_apart_backward")(dy, *ctx.saved_tensors, ctx.approximate), None
 
 
 ops.define(

@@ -33,9 +33,12 @@ MAX_RANK = 8
 def _forward(x: torch.Tensor, gamma: torch.Tensor, epsilon: float = 1e-6) -> tuple[torch.Tensor, torch.Tensor]:
     dtype = ops.compute_dtype(x.dtype)
     wide = x.to(dtype)
-    dims = list(range(-gamma.dim(), 0))
-    rstd = torch.rsqrt(wide.pow(2).mean(dims, keepdim=True) + epsilon)
+    rstd = _rstd(wide, gamma, epsilon)
     return (wide * rstd * gamma.to(dtype)).to(x.dtype), rstd
+
+
+def _rstd(wide: torch.Tensor, gamma: torch.Tensor, epsilon: float) -> torch.Tensor:
+    return torch.rsqrt(wide.pow(2).mean(list(range(-gamma.dim(), 0)), keepdim=True) + epsilon)
 
 
 def _backward_op(
@@ -53,7 +56,7 @@ def _backward_op(
 
 
 def _setup(ctx: Any, inputs: Any, output: Any) -> None:
-    x, gamma, _ = inputs
+    x, gamma, ctx.epsilon = inputs
     ctx.save_for_backward(x, gamma, output[1])
     ctx.mark_non_differentiable(output[1])
     ctx.set_materialize_grads(False)
@@ -63,7 +66,9 @@ def _backward(ctx: Any, dy: torch.Tensor | None, _: Any) -> Any:
     if dy is None:
         return None, None, None
     x, gamma, rstd = ctx.saved_tensors
-    dx, dgamma = ops.op("npu_rms_norm_backward")(dy, x, gamma, rstd)
+    if torch.is_grad_enabled():  # for a second derivative rstd depends on x
+        rstd = _rstd(x.to(rstd.dtype), gamma, ctx.epsilon)
+    dx, dgamma = ops.backward_op("npu_rms_norm_backward")(dy, x, gamma, rstd)
     return dx, dgamma.to(gamma.dtype), None
 
 

@@ -76,10 +76,10 @@ def _setup(ctx: Any, inputs: Any, output: Any) -> None:
 
 def _backward(ctx: Any, dy: torch.Tensor) -> Any:
     r1, r2, *rest = ctx.saved_tensors
-    dx = ops.op("npu_rotary_mul_dx")(dy, r1, r2, ctx.mode)
+    dx = ops.backward_op("npu_rotary_mul_dx")(dy, r1, r2, ctx.mode)
     dcos = dsin = None
     if rest:
-        dcos, dsin = ops.op("npu_rotary_mul_dtables")(dy, rest[0], r1, r2, ctx.mode)
+        dcos, dsin = ops.backward_op("npu_rotary_mul_dtables")(dy, rest[0], r1, r2, ctx.mode)
     return dx, dcos, dsin, None, None
 
 

@@ -49,7 +49,7 @@ def _setup(ctx: Any, inputs: Any, output: Any) -> None:
 
 
 def _backward(ctx: Any, dy: torch.Tensor) -> Any:
-    return ops.op("npu_swiglu_backward")(dy, ctx.saved_tensors[0], ctx.dim), None
+    return ops.backward_op("npu_swiglu_backward")(dy, ctx.saved_tensors[0], ctx.dim), None
 
 
 def _setup_apart(ctx: Any, inputs: Any, output: Any) -> None:
@@ -57,7 +57,7 @@ def _setup_apart(ctx: Any, inputs: Any, output: Any) -> None:
 
 
 def _backward_apart(ctx: Any, dy: torch.Tensor) -> Any:
-    return ops.op("swiglu_apart_backward")(dy, *ctx.saved_tensors)
+    return ops.backward_op("swiglu_apart_backward")(dy, *ctx.saved_tensors)
 
 
 ops.define("npu_swiglu(Tensor self, int dim=-1) -> Tensor", _forward, keeps=(0,))
