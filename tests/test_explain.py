@@ -6,6 +6,7 @@ import copy
 import json
 import logging
 import random
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -207,7 +208,7 @@ def test_errors_inside_dynamo_are_part_of_the_report(monkeypatch: pytest.MonkeyP
     def fail(*_: Any) -> None:
         raise ZeroDivisionError("a fault")
 
-    monkeypatch.setattr("npu_fuse.backend.plan", fail)
+    monkeypatch.setattr(sys.modules["npu_fuse.backend"], "plan", fail)
     report = explain(Model(1), inputs())
     (failure,) = report.failures
     assert failure.error == "BackendCompilerFailed" and failure.fatal
