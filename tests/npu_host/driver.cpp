@@ -8,6 +8,7 @@
 #include <atomic>
 #include <chrono>
 #include <cstdint>
+#include <cstdio>
 #include <cstdlib>
 #include <cstring>
 #include <map>
@@ -150,8 +151,15 @@ aclError aclGetDeviceCapability(uint32_t, aclDeviceInfo info, int64_t* value) {
   }
 }
 
+// Limits of cores change nothing here; npugraph_ex asks for them before each replay.
 aclError aclrtGetDeviceResLimit(int32_t, aclrtDevResLimitType type, uint32_t* value) {
   return *value = type == ACL_RT_DEV_RES_CUBE_CORE ? 20 : 40, ACL_SUCCESS;
+}
+aclError aclrtGetStreamResLimit(aclrtStream, aclrtDevResLimitType type, uint32_t* value) {
+  return aclrtGetDeviceResLimit(0, type, value);
+}
+aclError aclrtGetResInCurrentThread(aclrtDevResLimitType type, uint32_t* value) {
+  return aclrtGetDeviceResLimit(0, type, value);
 }
 
 aclError aclSetCompileopt(aclCompileOpt option, const char* value) {
@@ -286,6 +294,13 @@ aclError aclmdlRIGetId(aclmdlRI model, uint32_t* id) { return *id = static_cast<
 aclError aclmdlRIExecuteAsync(aclmdlRI model, aclrtStream) {
   const char* problem = hooks.replay(static_cast<Model*>(model)->recording);
   return problem ? fail(problem) : ACL_SUCCESS;
+}
+
+aclError aclmdlRIDebugJsonPrint(aclmdlRI model, const char* path, uint32_t) {
+  std::FILE* file = std::fopen(path, "w");
+  if (file == nullptr) return fail(std::string("npu_host: cannot write ") + path);
+  std::fprintf(file, "{\"model\": %u}\n", static_cast<Model*>(model)->id);
+  return std::fclose(file), ACL_SUCCESS;
 }
 
 aclError aclmdlRIDestroy(aclmdlRI model) {

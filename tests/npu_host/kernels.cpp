@@ -76,9 +76,10 @@ size_t span(const at::Tensor& t) {
 // --- recordings ------------------------------------------------------------------------------------------
 
 struct Step {
-  OperatorHandle op;
+  OperatorHandle called, op;         // as the program names it; what runs
   Stack inputs;                      // CPU tensors over raw pointers; they own nothing
   std::vector<at::Tensor> results;   // where new results go, in order; undefined for what an argument holds
+  int64_t read, written;
 };
 
 struct Recording {
@@ -125,7 +126,7 @@ void count(const OperatorHandle& op, int64_t read, int64_t written) {
 
 // --- the kernel ----------------------------------------------------------------------------------------------
 
-std::unordered_map<std::string, OperatorHandle> stand_ins;  // npu::x -> npu_host::x
+std::unordered_map<std::string, OperatorHandle> stand_ins;  // npu::x, and aten::x without a CPU kernel -> npu_host::x
 
 const std::set<std::string> kMixesDevices = {
     "aten::copy_", "aten::_copy_from", "aten::_to_copy", "aten::index", "aten::index_put_", "aten::index_put",
@@ -238,6 +239,23 @@ void protect_arguments(const c10::FunctionSchema& schema, const Stack& arguments
   }
 }
 
+// A capture runs nothing, so indices may be memory that nobody has written yet: then any index does.
+void call_for_shapes(const OperatorHandle& op, Stack& stack) {
+  const Stack arguments = stack;
+  try {
+    op.callBoxed(&stack);
+  } catch (const c10::Error&) {
+    stack = arguments;
+    for (size_t i = 0; i < stack.size(); ++i) {
+      const c10::AliasInfo* info = op.schema().arguments()[i].alias_info();
+      if (info != nullptr || !stack[i].isTensor()) continue;
+      const at::Tensor given = stack[i].toTensor();
+      if (given.defined() && at::isIntegralType(given.scalar_type(), false)) stack[i] = at::zeros_like(given);
+    }
+    op.callBoxed(&stack);
+  }
+}
+
 void run(const OperatorHandle& called, Stack* stack) {
   at::AutoDispatchBelowADInplaceOrView below;
   const auto stand_in = stand_ins.find(toString(called.operator_name()));
@@ -267,7 +285,11 @@ void run(const OperatorHandle& called, Stack* stack) {
 
   if (recording != nullptr) protect_arguments(schema, arguments);
   Stack results = arguments;
-  op.callBoxed(&results);
+  if (recording == nullptr) {
+    op.callBoxed(&results);
+  } else {
+    call_for_shapes(op, results);
+  }
   for (const Pair& pair : call.aliases.pairs) call.follow(pair);
   torch::jit::drop(*stack, inputs);
   for (const IValue& value : results) stack->push_back(call.finish(value));
@@ -278,9 +300,19 @@ void run(const OperatorHandle& called, Stack* stack) {
     flatten(arguments[i], changed);
     for (const at::Tensor& t : changed) call.written += t.numel() * t.itemsize();
   }
-  if (call.written > 0) count(called, read, call.written);
+  if (call.written > 0 && recording == nullptr) count(called, read, call.written);
   if (recording != nullptr && !(call.wanted.type() == c10::kCPU))
-    recording->steps.push_back({op, std::move(arguments), std::move(call.results)});
+    recording->steps.push_back({called, op, std::move(arguments), std::move(call.results), read, call.written});
+}
+
+// torch_npu's own allocation, then NaN in what a program must not read: memory comes back from its cache.
+std::unordered_map<std::string, c10::SafeKernelFunction> allocators;
+
+void allocate(const OperatorHandle& op, c10::DispatchKeySet keys, Stack* stack) {
+  allocators.at(toString(op.operator_name())).callBoxed(op, keys, stack);
+  const at::Tensor& made = stack->back().toTensor();
+  if ((made.is_floating_point() || made.is_complex()) && span(made))
+    std::memset(made.storage().mutable_data(), 0xFF, span(made));
 }
 
 void refuse(const OperatorHandle& op, Stack*) {
@@ -315,8 +347,8 @@ const char* replay_recording(void* handle) {
         TORCH_CHECK(to.sizes() == made.sizes() && to.strides() == made.strides(), "the result of ",
                     step.op.operator_name(), " has changed its shape since the capture");
         if (span(made)) std::memcpy(to.mutable_data_ptr(), made.const_data_ptr(), span(made));
-        count(step.op, 0, span(made));
       }
+      count(step.called, step.read, step.written);
     }
   } catch (const std::exception& fault) {
     kept->problem = std::string("npu_host: replay: ") + fault.what();
@@ -355,7 +387,6 @@ void install() {
   auto& dispatcher = c10::Dispatcher::singleton();
   static torch::Library aten(torch::Library::IMPL, "aten", c10::DispatchKey::PrivateUse1, __FILE__, __LINE__);
   static torch::Library npu(torch::Library::IMPL, "npu", c10::DispatchKey::PrivateUse1, __FILE__, __LINE__);
-  static torch::Library quantized(torch::Library::IMPL, "quantized", c10::DispatchKey::PrivateUse1, __FILE__, __LINE__);
   Quiet quiet;
   c10::WarningUtils::WarningHandlerGuard guard(&quiet);
   for (const c10::OperatorName& name : dispatcher.getAllOpNames()) {
@@ -363,9 +394,14 @@ void install() {
     if (!is_npu && name.getNamespace() != "aten") continue;
     const auto op = dispatcher.findSchema(name);
     const std::string text = toString(name);
-    if (!op.has_value() || kTorchNpusOwn.count(text)) continue;
     const std::string bare = text.substr(text.find("::") + 2);
     torch::Library& library = is_npu ? npu : aten;
+    if (op.has_value() && (text == "aten::empty.memory_format" || text == "aten::empty_strided")) {
+      allocators.emplace(text, op->getComputedKernelForDispatchKey(c10::DispatchKey::PrivateUse1));
+      library.impl(bare.c_str(), torch::CppFunction::makeFromBoxedFunction<&allocate>());
+      continue;
+    }
+    if (!op.has_value() || kTorchNpusOwn.count(text)) continue;
     const bool here = op->hasKernelForDispatchKey(c10::DispatchKey::PrivateUse1);
     if (is_npu) {
       const auto stand_in = dispatcher.findSchema({"npu_host::" + name.name.substr(5), name.overload_name});
@@ -379,7 +415,12 @@ void install() {
     const bool cpu = op->hasKernelForDispatchKey(c10::DispatchKey::CPU);
     if (!here && !cpu) continue;
     if (is_view(op->schema()) && here) continue;
-    const bool runs = op->hasComputedKernelForDispatchKey(c10::DispatchKey::CPU);
+    bool runs = op->hasComputedKernelForDispatchKey(c10::DispatchKey::CPU);
+    if (!runs) {
+      const auto stand_in = dispatcher.findSchema({"npu_host::" + name.name.substr(6), name.overload_name});
+      if (stand_in.has_value()) stand_ins.emplace(text, *stand_in);
+      runs = stand_in.has_value();
+    }
     if (!runs) refused.push_back(text);
     library.impl(bare.c_str(), runs ? torch::CppFunction::makeFromBoxedFunction<&run>()
                                     : torch::CppFunction::makeFromBoxedFunction<&refuse>());

@@ -12,18 +12,23 @@ FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 _library = torch.library.Library("npu_host", "FRAGMENT")
 
 
-def kernel(function: Callable[..., Any]) -> Callable[..., Any]:
+def kernel(function: Callable[..., Any], namespace: str = "npu") -> Callable[..., Any]:
     """Register `function` as the kernel of `npu::<its name>`, under the wheel's own schema.
 
     It gets CPU tensors over the device's memory and returns new tensors; `requires_grad` of an input
     is what it was on the device. Left out where the wheel has no such operator.
     """
     name = function.__name__
-    packet = getattr(torch.ops.npu, name, None)
+    packet = getattr(getattr(torch.ops, namespace), name, None)
     if packet is not None:
-        _library.define(str(packet.default._schema).removeprefix("npu::"))
+        _library.define(str(packet.default._schema).removeprefix(f"{namespace}::"))
         _library.impl(name, function, "CPU")
     return function
+
+
+def aten_kernel(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The same for an `aten::` operator that has no CPU kernel."""
+    return kernel(function, "aten")
 
 
 def refuse(op: str, reason: str) -> None:
