@@ -20,6 +20,14 @@ from npu_fuse.options import Options
 from npu_fuse.targets import Target
 
 
+SAFE_OPTIONS: dict[str, dict[str, Any]] = {"npugraph_ex": {"inplace_pass": False}}
+"""What a hand-off must be told, unless the user says otherwise.
+
+npugraph_ex 2.13 turns `x[:, 1:] - x[:, :-1]` into an in-place subtraction on overlapping memory: wrong
+packed-sequence masks in transformers (tests/conformance/test_handoff.py).
+"""
+
+
 def handoff_name(options: Options, target: Target, training: bool) -> str:
     """The hand-off by name: the user's, or the default of the target."""
     if isinstance(options.handoff, str):
@@ -50,7 +58,7 @@ def hand_off(gm: GraphModule, example_inputs: Sequence[Any], options: Options, t
             return options.handoff(gm, list(example_inputs), **dict(options.handoff_options))
         if name == "inductor":
             return _inductor(gm, example_inputs, options)
-        return _registered(name)(gm, example_inputs, **_keywords(options))
+        return _registered(name)(gm, example_inputs, **_keywords(name, options))
 
 
 def _inductor(gm: GraphModule, example_inputs: Sequence[Any], options: Options) -> Any:
@@ -79,10 +87,11 @@ def _registered(name: str) -> Callable[..., Any]:
         ) from missing
 
 
-def _keywords(options: Options) -> dict[str, Any]:
+def _keywords(name: str, options: Options) -> dict[str, Any]:
     keywords: dict[str, Any] = {}
-    if options.handoff_options:
-        keywords["options"] = dict(options.handoff_options)
+    chosen = {**SAFE_OPTIONS.get(name, {}), **options.handoff_options}
+    if chosen:
+        keywords["options"] = chosen
     if options.mode is not None:
         keywords["mode"] = options.mode
     return keywords
