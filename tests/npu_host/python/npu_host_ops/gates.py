@@ -112,3 +112,27 @@ def npu_clipped_swiglu(
         rows = y.flatten(0, at - 1) if at > 1 else y
         rows[int(group_index.sum()) :] = unwritten((), x.dtype)
     return y
+
+
+def _check_fast_gelu(op: str, x: torch.Tensor) -> None:
+    check(op, family() in ("A2", "A3", "A5"), "the operator is not on this chip")
+    check(op, x.dtype in FLOATS, f"x is {x.dtype}")
+    check(op, x.dim() <= 8, f"x has rank {x.dim()}")
+
+
+@kernel
+def npu_fast_gelu(x: torch.Tensor) -> torch.Tensor:
+    """x · sigmoid(1.702 · x) in float32, rounded once."""
+    _check_fast_gelu("npu_fast_gelu", x)
+    wide = x.contiguous().float()
+    return (wide / (1.0 + torch.exp(-1.702 * wide))).to(x.dtype)
+
+
+@kernel
+def npu_fast_gelu_backward(grad: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    op = "npu_fast_gelu_backward"
+    _check_fast_gelu(op, x)
+    check(op, grad.shape == x.shape and grad.dtype == x.dtype, f"grad is {grad.dtype} {tuple(grad.shape)}")
+    wide = x.contiguous().float()
+    s = 1.0 / (1.0 + torch.exp(-1.702 * wide))
+    return (grad.contiguous().float() * s * (1.0 + 1.702 * wide * (1.0 - s))).to(x.dtype)

@@ -1,0 +1,85 @@
+"""One entry for every torch_npu op that npu_fuse can emit: how it is called, and what it promises."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+Arguments = tuple[list[Any], dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Case:
+    """`make(dtype)` gives positional and keyword arguments on the CPU."""
+
+    op: str
+    make: Callable[[torch.dtype], Arguments]
+    label: str = ""
+    backward: str = ""
+    """The op that the wheel's autograd formula calls; "" where torch_npu has no gradient."""
+    differentiable: tuple[int, ...] = ()
+    """Which positional arguments get gradients."""
+    dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.float16, torch.bfloat16)
+    keeps_strides: bool = False
+    """The meta kernel promises a permuted input's strides; the device gives contiguous results."""
+    extra: dict[str, Any] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        return f"{self.op}{'-' + self.label if self.label else ''}"
+
+
+def _normal(*shape: int) -> torch.Tensor:
+    return torch.randn(*shape, dtype=torch.float64)
+
+
+def _rms(shape: tuple[int, ...], axes: int, gamma: torch.dtype | None = None) -> Callable[[torch.dtype], Arguments]:
+    def make(dtype: torch.dtype) -> Arguments:
+        weight = 1 + 0.1 * _normal(*shape[len(shape) - axes :])
+        return [_normal(*shape).to(dtype), weight.to(gamma or dtype), 1e-5], {}
+
+    return make
+
+
+def _add_rms(dtype: torch.dtype) -> Arguments:
+    return [_normal(2, 5, 64).to(dtype), _normal(2, 5, 64).to(dtype), (1 + 0.1 * _normal(64)).to(dtype), 1e-5], {}
+
+
+def _rotary(x: tuple[int, ...], table: tuple[int, ...], mode: str) -> Callable[[torch.dtype], Arguments]:
+    def make(dtype: torch.dtype) -> Arguments:
+        angles = 3 * _normal(*table[:-1], table[-1] // 2)
+        full = torch.cat((angles, angles), -1) if mode == "half" else angles.repeat_interleave(2, -1)
+        return [_normal(*x).to(dtype), full.cos().to(dtype), full.sin().to(dtype), mode], {}
+
+    return make
+
+
+def _gate(*rest: Any, **named: Any) -> Callable[[torch.dtype], Arguments]:
+    def make(dtype: torch.dtype) -> Arguments:
+        return [(4 * _normal(3, 5, 96)).to(dtype), *rest], named
+
+    return make
+
+
+MIXED = (torch.float16, torch.bfloat16)
+ROTARY = "npu_rotary_mul_backward"
+CASES = (
+    Case("npu_rms_norm", _rms((2, 5, 64), 1), "", "npu_rms_norm_backward", (0, 1), keeps_strides=True),
+    Case("npu_rms_norm", _rms((7, 48), 1, torch.float32), "f32_gamma", "npu_rms_norm_backward", (0, 1), MIXED),
+    Case("npu_rms_norm", _rms((2, 3, 4, 32), 2), "two_axes", "npu_rms_norm_backward", (0, 1)),
+    Case("npu_add_rms_norm", _add_rms, keeps_strides=True),
+    Case("npu_rotary_mul", _rotary((2, 4, 24, 64), (1, 1, 24, 64), "half"), "BNSD_11SD", ROTARY, (0,)),
+    Case("npu_rotary_mul", _rotary((2, 4, 24, 64), (2, 1, 24, 64), "half"), "BNSD_B1SD", ROTARY, (0,)),
+    Case("npu_rotary_mul", _rotary((2, 24, 4, 64), (1, 24, 1, 64), "half"), "BSND_1S1D", ROTARY, (0,)),
+    Case("npu_rotary_mul", _rotary((2, 24, 4, 64), (2, 24, 1, 64), "half"), "BSND_BS1D", ROTARY, (0,)),
+    Case("npu_rotary_mul", _rotary((2, 24, 4, 64), (1, 24, 1, 64), "interleave"), "interleave", ROTARY, (0,)),
+    Case("npu_swiglu", _gate(-1), "", "npu_swiglu_backward", (0,)),
+    Case("npu_geglu", _gate(-1, 1, True), "tanh", "npu_geglu_grad", (0,)),
+    Case("npu_geglu", _gate(-1, 0, True), "erf", "npu_geglu_grad", (0,)),
+    Case("npu_geglu", _gate(-1, 1, False), "right", "npu_geglu_grad", (0,)),
+    Case("npu_fast_gelu", _gate(), "", "npu_fast_gelu_backward", (0,), keeps_strides=True),
+    Case("npu_clipped_swiglu", _gate(alpha=1.702, limit=7.0, bias=1.0, interleaved=True), "interleaved"),
+    Case("npu_clipped_swiglu", _gate(dim=-1, alpha=1.0, limit=3.0, bias=0.0, interleaved=False), "chunked"),
+)
