@@ -40,11 +40,11 @@ KNOWN = truth.load()
 console = Console()
 
 
-def run_one(mode: str, name: str) -> Record:
+def run_one(mode: str, baselines: Path | None, name: str) -> Record:
     """Measure one model; called in the child."""
     torch.set_num_threads(1)
     warnings.filterwarnings("ignore")
-    return measure.measure(name, mode)
+    return measure.measure(name, mode, baselines)
 
 
 @click.command(help=__doc__)
@@ -56,6 +56,8 @@ def run_one(mode: str, name: str) -> Record:
 @click.option("--processes", type=click.IntRange(1, 2), default=2, show_default=True)
 @click.option("--timeout", default=400.0, show_default=True, help="Seconds for one model in one mode.")
 @click.option("--again", is_flag=True, help="Run also what the results file has.")
+@click.option("--short", is_flag=True, help="Run again what the results file has and what lacks sites or is faulty.")
+@click.option("--baselines", type=click.Path(path_type=Path), help="Keep unfused inference runs in this folder.")
 @click.option("--summary", is_flag=True, help="Run nothing.")
 @click.option("--missed", is_flag=True, help="List every site that was not fused, by reason.")
 def main(
@@ -67,6 +69,8 @@ def main(
     processes: int,
     timeout: float,
     again: bool,
+    short: bool,
+    baselines: Path | None,
     summary: bool,
     missed: bool,
 ) -> None:
@@ -74,12 +78,12 @@ def main(
     chosen = list(measure.MODES) if all_modes else list(modes) or ["bf16"]
     if not summary:
         for mode in chosen:
-            todo = [n for n in names or catalog.names(kind) if again or f"{mode}/{n}" not in results]
-            sweep(todo, mode, results, lambda: _save(results, output), processes, timeout)
+            known = {n: results.get(f"{mode}/{n}") for n in names or catalog.names(kind)}
+            todo = [n for n, r in known.items() if (r is not None and is_short(r) if short else again or r is None)]
+            sweep(todo, mode, results, lambda: _save(results, output), processes, timeout, baselines)
     console.print(coverage_table(results.values()))
     console.print(health_table(results.values()))
-    short = [line for record in results.values() if (line := shortfall(record))]
-    for line in short:
+    for line in filter(None, map(shortfall, results.values())):
         console.print(line, markup=False, highlight=False)
     if missed:
         console.print(missed_table(results.values()))
@@ -96,12 +100,13 @@ def sweep(
     save: Callable[[], None],
     processes: int,
     timeout: float,
+    baselines: Path | None,
 ) -> None:
     """Run `names` in `mode`, adding to `results` under "mode/name"."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console) as progress:
         task = progress.add_task(mode, total=len(names))
-        for name, record in isolated(partial(run_one, mode), names, timeout, processes):
+        for name, record in isolated(partial(run_one, mode, baselines), names, timeout, processes):
             results[f"{mode}/{name}"] = {"name": name, "mode": mode, **record}
             save()
             progress.update(task, advance=1, description=f"{mode} {name}")
@@ -140,6 +145,11 @@ def shortfall(record: Record) -> str:
         if fused + profit < true:
             parts.append(f"{op} {fused + profit} of {true}")
     return f"{record['mode']} {record['name']}: {', '.join(parts)}" if parts else ""
+
+
+def is_short(record: Record) -> bool:
+    """Lacks sites, is faulty or was not measured."""
+    return bool("sites" not in record or shortfall(record) or faults_of(record))
 
 
 def coverage_table(records: Iterable[Record]) -> Table:

@@ -11,6 +11,7 @@ import contextlib
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -57,11 +58,16 @@ class Compiled:
     report_of_graph: list[int] = field(default_factory=list)
 
 
-def measure(name: str, mode_name: str) -> dict[str, Any]:
-    """A JSON-able record; raises only if the model does not build."""
+def measure(name: str, mode_name: str, baselines: Path | None = None) -> dict[str, Any]:
+    """A JSON-able record; raises only if the model does not build.
+
+    `baselines` is a folder in which the unfused and the float64 run are kept in inference modes, since they
+    do not depend on npu_fuse: empty it when torch, transformers or the zoo change.
+    """
     mode = MODES[mode_name]
     built = catalog.build(name, mode.dtype, mode.train)
-    plain = compile_and_run(built, mode, fuse=False)
+    kept = baselines / f"{mode_name}-{name.replace(':', '_')}.pt" if baselines and not mode.train else None
+    plain, exact = _baseline(built, mode, kept)
     npu_fuse.clear_reports()
     fused = compile_and_run(built, mode, fuse=True)
     record: dict[str, Any] = {"name": name, "mode": mode_name, **_sites(fused)}
@@ -69,10 +75,25 @@ def measure(name: str, mode_name: str) -> dict[str, Any]:
     record["plain_error"], record["fused_error"] = plain.error, fused.error
     for key in ("graphs", "guards", "breaks"):
         record[key] = [getattr(plain, key), getattr(fused, key)]
-    if plain.results and fused.results:
-        exact = reference.run_float64(built, mode.train)
+    if exact and plain.results and fused.results:
         record["accuracy"] = asdict(reference.compare(plain.results, fused.results, exact, mode))
     return record
+
+
+def _baseline(built: Built, mode: Mode, kept: Path | None) -> tuple[Compiled, reference.Results | None]:
+    """The unfused compiled run and the float64 run, from the file `kept` if it is there."""
+    if kept and kept.exists():
+        stored = torch.load(kept, weights_only=True)
+        plain, exact = Compiled(**stored["plain"]), stored["exact"]
+        plain.results = reference.Results(**stored["plain"]["results"]) if plain.results else None
+        return plain, reference.Results(**exact) if exact else None
+    plain = compile_and_run(built, mode, fuse=False)
+    exact_run = reference.run_float64(built, mode.train) if plain.results else None
+    if kept:
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        exact = asdict(exact_run) if exact_run else None
+        torch.save({"plain": asdict(plain), "exact": exact}, kept)
+    return plain, exact_run
 
 
 def compile_and_run(built: Built, mode: Mode, fuse: bool) -> Compiled:
