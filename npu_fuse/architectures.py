@@ -10,7 +10,7 @@ from __future__ import annotations
 import difflib
 import inspect
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -19,7 +19,7 @@ from npu_fuse.errors import NpuFuseError
 from npu_fuse.small_config import attempts, set_depth
 
 BATCH, SEQUENCE = 2, 16
-MOST_PARAMETERS = 300_000_000
+MOST_PARAMETERS = 400_000_000
 """A reduced model with more is not tried: it would take longer to fill with random numbers than to read."""
 
 
@@ -144,13 +144,13 @@ def _config_of(cls: Any, config: Any) -> Any:
 
 
 def _first_that_runs(
-    cls: Any, configs: Iterator[Any], dtype: torch.dtype, seed: int
+    cls: Any, makers: Iterable[Callable[[], Any]], dtype: torch.dtype, seed: int
 ) -> tuple[torch.nn.Module, dict[str, Any]]:
     """Raises what the first, smallest attempt raised if none runs."""
     first: Exception | None = None
-    while True:
+    for make_config in makers:
         try:
-            config = next(configs)
+            config = make_config()
             with torch.device("meta"):
                 size = sum(parameter.numel() for parameter in cls(config).parameters())
             if size > MOST_PARAMETERS:
@@ -158,11 +158,10 @@ def _first_that_runs(
             model, inputs = _build(cls, config, dtype, seed)
             with torch.no_grad(), torch.random.fork_rng(devices=[]):
                 model(**inputs)
-            return model, inputs
-        except StopIteration:
-            break
         except Exception as error:
             first = first or error
+        else:
+            return model, inputs
     assert first is not None
     raise first
 
@@ -177,10 +176,11 @@ def _build(cls: Any, config: Any, dtype: torch.dtype, seed: int) -> tuple[torch.
 
 
 def _inputs(model: Any, config: Any, dtype: torch.dtype) -> dict[str, Any]:
-    """Token ids, images or sound, as the model's main input and its other required arguments want."""
+    """Token ids where the model takes them, else its main input (images, sound); and what it requires."""
     takes = inspect.signature(model.forward).parameters
     required = {name for name, p in takes.items() if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD}
-    wanted = {getattr(model, "main_input_name", "input_ids"), *required, *({"input_ids"} & set(takes))}
+    main = "input_ids" if "input_ids" in takes else getattr(model, "main_input_name", "input_ids")
+    wanted = {main, *required}
     if "decoder_input_ids" in takes and getattr(config, "is_encoder_decoder", False):
         wanted.add("decoder_input_ids")
     tensors = {name: _input(name, config, dtype) for name in sorted(wanted)}

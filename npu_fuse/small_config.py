@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import re
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from typing import Any
 
 VOCABULARY = 128
@@ -74,21 +75,19 @@ _SPECIAL_TOKENS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "dec
 _DEPTHS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
 _ENCODER_DECODER_DEPTHS = ("encoder_layers", "decoder_layers", "num_encoder_layers", "num_decoder_layers")
 # Where None is the default and the model wants a number all the same.
-_NEVER_NONE = re.compile(r"head_dim|.*experts.*|moe_intermediate_size|.*top_?k.*|n_group")
+_NEVER_NONE = re.compile(r"head_dim|num_key_value_heads|.*experts.*|moe_intermediate_size|.*top_?k.*|n_group")
 _KEEPS_HEADS = re.compile(r".*head_?dim|.*(d_head|dim_head|head_size|kv_channels|headdim)")
 _COUNTS_ONLY = re.compile(r".*layers?|depth|num_blocks|.*vocab_size.*|.*num_(local_)?experts?|n_routed_experts")
 
 
-def attempts(config: Any, layers: int | None) -> Iterator[Any]:
-    """Small configurations of the same class, the smallest first. Every kind of layer is kept in each.
+def attempts(config: Any, layers: int | None) -> Iterator[Callable[[], Any]]:
+    """What makes small configurations of the same class, the smallest first. Each keeps every kind of layer.
 
-    Then: numbers for fields that are None; the model's own head sizes; its own widths, with few layers, words
-    and experts.
+    After the smallest: numbers for fields that are None; the model's own head sizes; its own widths, with few
+    layers, words and experts. Each may raise, as the class of the configuration checks its fields.
     """
-    yield _reduced(config, layers, _small_value)
-    yield _reduced(config, layers, _small_or_missing)
-    yield _reduced(config, layers, _small_but_heads)
-    yield _reduced(config, layers, _few_but_wide)
+    for small_value in (_small_value, _small_or_missing, _small_but_heads, _few_but_wide):
+        yield partial(_reduced, config, layers, small_value)
 
 
 def set_depth(config: Any, layers: int) -> None:
