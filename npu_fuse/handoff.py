@@ -64,13 +64,22 @@ def hand_off(gm: GraphModule, example_inputs: Sequence[Any], options: Options, t
 def _inductor(gm: GraphModule, example_inputs: Sequence[Any], options: Options) -> Any:
     """Inductor generates code from our ops' bodies: nothing is lost against plain Inductor."""
     from torch._inductor.compile_fx import compile_fx
-    from torch._inductor.decomposition import select_decomp_table
 
+    _decomposed_by_inductor()
     patches: dict[str, Any] = dict(options.handoff_options)
     if options.mode is not None:
         patches = {**torch._inductor.list_mode_options(options.mode), **patches}
-    table = {**select_decomp_table(), **ops.decompositions()}
-    return compile_fx(gm, list(example_inputs), config_patches=patches or None, decompositions=table)
+    return compile_fx(gm, list(example_inputs), config_patches=patches or None)
+
+
+def _decomposed_by_inductor() -> None:
+    """Put our ops into Inductor's own table: a table given as an argument keeps its cache from being used."""
+    from torch._inductor import decomposition
+
+    missing = {op: body for op, body in ops.decompositions().items() if op not in decomposition.decompositions}
+    if missing:
+        decomposition.decompositions.update(missing)
+        decomposition.fast_random_decomps.cache_clear()
 
 
 def _registered(name: str) -> Callable[..., Any]:
