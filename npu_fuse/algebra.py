@@ -96,6 +96,10 @@ def root_of(node: Node) -> tuple[float, Node] | None:
     return None
 
 
+EVEN = frozenset(("abs", "neg", "clone", "contiguous"))
+"""What a square does not see."""
+
+
 def square_of(view: View, node: Any) -> Node | None:
     """x where the node is x²."""
     node = through_casts(node)
@@ -114,8 +118,8 @@ def square_of(view: View, node: Any) -> Node | None:
             return None
     else:
         return None
-    if isinstance(found, Node) and d.name(found) == "abs":
-        return None if d.tensor(d.unary(found)) is None else found
+    while isinstance(found, Node) and found.op.startswith("call") and d.name(found) in EVEN:
+        found = d.unary(found)
     return found if isinstance(found, Node) and d.tensor(found) is not None else None
 
 
@@ -144,13 +148,9 @@ def mean_square_of(view: View, node: Node) -> MeanSquare | None:
     passed: list[Node] = []
     node = _through_layout(node, passed)
     name = d.name(node) if node.op.startswith("call") else ""
-    if (name == "pow" and d.constant(d.binary(node)[1]) == 2.0) or name == "square":
-        inner = through_casts(d.binary(node)[0] if name == "pow" else d.unary(node))
-        if isinstance(inner, Node) and inner.op.startswith("call") and d.name(inner) == "norm":
-            found = norm_of(view, inner)
-            return None if found is None else MeanSquare(found.x, found.dims, found.coefficient,
-                                                         (node, *found.nodes, *passed))  # fmt: skip
-        return None
+    squared = square_of(view, node)
+    if squared is not None:
+        return _squared_norm(view, node, squared, passed)
     if name not in ("mean", "sum"):
         return None
     x = square_of(view, d.unary(node))
@@ -167,8 +167,22 @@ def mean_square_of(view: View, node: Node) -> MeanSquare | None:
                 return None
             width *= known
         coefficient = float(width)
-    square = _chain(d.unary(node))
-    return MeanSquare(x, dims, coefficient, (node, *square, *passed))
+    return MeanSquare(x, dims, coefficient, (node, *_down_to(view, d.unary(node), x), *passed))
+
+
+def _squared_norm(view: View, node: Node, squared: Node, passed: list[Node]) -> MeanSquare | None:
+    """(c · ‖x‖)²."""
+    total = sum_of(view, squared)
+    if len(total.terms) != 1 or total.constant != 0.0 or total.symbol is not None:
+        return None
+    factor, inner = total.terms[0]
+    if not isinstance(inner, Node) or not inner.op.startswith("call") or d.name(inner) != "norm":
+        return None
+    found = norm_of(view, inner)
+    if found is None:
+        return None
+    nodes = (*_down_to(view, node, squared), *total.nodes, *found.nodes, *passed)
+    return MeanSquare(found.x, found.dims, found.coefficient * factor * factor, nodes)
 
 
 def norm_of(view: View, node: Node) -> MeanSquare | None:
@@ -187,14 +201,16 @@ def norm_of(view: View, node: Node) -> MeanSquare | None:
     return MeanSquare(x, 1, float(width), (node,))
 
 
-def _chain(node: Any) -> list[Node]:
-    """The square and the casts above it."""
-    found = []
-    while isinstance(node, Node) and node.op.startswith("call"):
-        found.append(node)
-        if d.name(node) != "cast":
-            break
-        node = node.args[0]
+def _down_to(view: View, node: Any, x: Node) -> list[Node]:
+    """The square, the casts above it, and what it does not see below it."""
+    found: list[Node] = []
+    stack = [node]
+    while stack:
+        current = stack.pop()
+        if not isinstance(current, Node) or not current.op.startswith("call") or view.vn(current) == view.vn(x):
+            continue
+        found.append(current)
+        stack += d.data_inputs(current)
     return found
 
 

@@ -24,6 +24,8 @@ from npu_fuse.targets import Target
 from npu_fuse.view import View, static, widens
 
 NAME = "rms_norm"
+COPIES = frozenset(("cast", "clone", "contiguous"))
+"""The same values again, up to a rounding mark."""
 MAX_RANK = 8
 
 
@@ -111,7 +113,8 @@ def recognise(view: View) -> list[Site | Miss]:
             continue
         if result is not None:
             found.append(result)
-    return found
+    inner = {n for result in found if isinstance(result, Site) for n in result.nodes}
+    return [result for result in found if isinstance(result, Site) or result.anchor not in inner]
 
 
 def _direct(view: View, node: Node) -> Site | Miss:
@@ -149,7 +152,7 @@ def _from_root(view: View, root: Node) -> Site | Miss | None:
     gamma = walk.gammas[0] if walk.gammas else None
     nodes = {*explained, *walk.seen, root}
     inputs = [n for n in (x, gamma, epsilon) if isinstance(n, Node)]
-    region = algebra.between(view, [walk.node], inputs, lambda n: n in nodes or d.name(n) == "cast")
+    region = algebra.between(view, [walk.node], inputs, lambda n: n in nodes or d.name(n) in COPIES)
     if region.stopped is not None:
         name = d.name(region.stopped) or region.stopped.op
         return Miss(NAME, root, "rms_norm.between", f"{name} stands between x and the result")
@@ -206,8 +209,9 @@ def _forward_walk(view: View, root: Node, exponent: float, x: Node, dims: int) -
 
 
 def _trails(walk: _Walk) -> bool:
-    """The last step only widens: the fused op's user can do that itself."""
-    return d.name(walk.node) == "cast" and widens(walk.node)
+    """The last step only widens or copies: the fused op's user can do that itself."""
+    name = d.name(walk.node)
+    return name in COPIES and (name != "cast" or widens(walk.node))
 
 
 def _step(view: View, walk: _Walk, user: Node, x: Node, dims: int) -> _Walk | str:
@@ -215,7 +219,7 @@ def _step(view: View, walk: _Walk, user: Node, x: Node, dims: int) -> _Walk | st
     seen = (*walk.seen, user)
     if not view.same_version(node, user):
         return "the product is changed in place before it is used"
-    if name == "cast":
+    if name in COPIES:
         return _Walk(user, walk.x, walk.e, walk.coefficient, walk.gammas, seen)
     if walk.x == 0 and not walk.gammas and name in ("unsqueeze", "getitem", "expand", "view", "reshape", "expand_as"):
         return _Walk(user, walk.x, walk.e, walk.coefficient, walk.gammas, seen)
@@ -272,7 +276,7 @@ def _product_with_x(
     value = d.tensor(x)
     if not node.op.startswith("call") or value is None:
         return None
-    if d.name(node) == "cast" and isinstance(node.args[0], Node):
+    if d.name(node) in COPIES and isinstance(node.args[0], Node) and view.same_version(node.args[0], node):
         inner = _product_with_x(view, node.args[0], x, dims)
         return None if inner is None else (inner[0], inner[1], (*inner[2], node))
     factor = algebra.constant_factor(node)
