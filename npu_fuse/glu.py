@@ -19,6 +19,8 @@ from npu_fuse.sites import Emit, Form, Miss, Refusal, Site
 from npu_fuse.targets import Target
 from npu_fuse.view import View, static
 
+MAX_RANK = 8
+
 Merged = Callable[[Emitter, Any, bool], Any]
 """The fused op on [gate | up] (False) or [gate0, up0, gate1, …] (True)."""
 Apart = Callable[[Emitter, Any, Any], Any]
@@ -107,6 +109,10 @@ def limits(site: Site, form: Form, target: Target) -> Refusal | None:
     if target.name == "npu" and value is not None:
         if value.dtype == torch.float64:
             return Refusal(Status.REFUSED_BY_TARGET, "glu.dtype", f"the op of {site.op} takes no float64")
+        lowest = 2 if site.op == "clipped_swiglu" else 1
+        if not lowest <= value.dim() <= MAX_RANK:
+            reason = f"the op of {site.op} takes rank {lowest} to {MAX_RANK}, x has {value.dim()}"
+            return Refusal(Status.REFUSED_BY_TARGET, "glu.rank", reason)
     if form.name.startswith("apart") and target.concatenates:
         return Refusal(Status.REFUSED_BY_TARGET, "glu.apart", "the op takes gate and up in one tensor")
     if form.name.startswith("concatenated") and not target.concatenates:

@@ -128,7 +128,7 @@ def recognise(view: View) -> list[Site | Miss]:
         ) -> Any:
             if trained:
                 return e.fused("clipped_swiglu", value, *settings.values(), interleaved)
-            return e.fused("npu_clipped_swiglu", value, dim=-1, **settings, interleaved=interleaved)
+            return e.fused("npu_clipped_swiglu", e.dense(value), dim=-1, **settings, interleaved=interleaved)
 
         def apart(e: Emitter, left: Any, right: Any, settings: dict[str, float] = settings) -> Any:
             return e.fused("clipped_swiglu_apart", left, right, *settings.values())

@@ -16,11 +16,14 @@ from npu_fuse import algebra, ops
 from npu_fuse import dialect as d
 from npu_fuse import gates as g
 from npu_fuse.emit import Emitter
-from npu_fuse.sites import Form, Miss, Rule, Site
+from npu_fuse.report import Status
+from npu_fuse.sites import Form, Miss, Refusal, Rule, Site
+from npu_fuse.targets import Target
 from npu_fuse.view import View
 
 NAME = "fast_gelu"
 ALPHA = 1.702
+MAX_RANK = 8
 
 
 def _forward(x: torch.Tensor) -> torch.Tensor:
@@ -69,9 +72,21 @@ def _only(inside: frozenset[Node]) -> Callable[[Node], bool]:
 
 def _form(x: Node) -> Form:
     def emit(e: Emitter, env: Mapping[Node, Any]) -> Any:
-        return e.fused("npu_fast_gelu", env[x])
+        return e.fused("npu_fast_gelu", e.dense(env[x]))
 
     return Form("as it is", emit)
 
 
-RULE = Rule(NAME, recognise, order=40)
+def limits(site: Site, form: Form, target: Target) -> Refusal | None:
+    """npu_fast_gelu: float16, bfloat16, float32 of rank up to 8, from Ascend 910B on (aclnnFastGelu)."""
+    value = d.tensor(site.output)
+    if target.name != "npu" or value is None:
+        return None
+    if value.dtype == torch.float64:
+        return Refusal(Status.REFUSED_BY_TARGET, "fast_gelu.dtype", "npu_fast_gelu takes no float64")
+    if value.dim() > MAX_RANK:
+        return Refusal(Status.REFUSED_BY_TARGET, "fast_gelu.rank", f"npu_fast_gelu takes rank {MAX_RANK} at most")
+    return None
+
+
+RULE = Rule(NAME, recognise, limits, order=40)

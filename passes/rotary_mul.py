@@ -11,6 +11,7 @@ The rule reads the map y[d] = a(d)·x[i(d)] + b(d)·x[j(d)] off the traced eleme
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -174,6 +175,9 @@ def _forms(x: Node, turn: r.Turn, dtype: torch.dtype, result: torch.dtype) -> li
 
 MAX_WIDTH = 896
 MAX_BATCH = 1000
+BLOCK = 32  # bytes
+SHORT_WIDTH = 80
+CORES = 50  # vector cores of the largest chip: fewer make the limit wider
 HALF_TABLES = ({2}, {0, 2}, {0, 1, 2}, {1}, {0, 1}, {0})
 """Which of x's first three dimensions cos may have (the others 1): 11SD, B1SD, BNSD, 1S1D, BS1D, S11D."""
 INTERLEAVE_TABLES = ({2}, {1}, {0})
@@ -221,7 +225,7 @@ def limits(site: Site, form: Form, target: Target) -> Refusal | None:
     turn, x = site.facts["turn"], d.tensor(site.facts["x"])
     cos = d.tensor(turn.cos.node)
     assert x is not None and cos is not None
-    reason = _shape_limit(turn, x, cos) or _tiling_limit(turn, x, cos, site)
+    reason = _shape_limit(turn, x, cos) or _tiling_limit(turn, x, cos, site, form)
     if reason is None and (cos.requires_grad or d.tensor(turn.sin.node).requires_grad):  # type: ignore[union-attr]
         reason = "cos or sin needs a gradient, which the op's backward leaves unwritten in a compiled graph"
     return None if reason is None else Refusal(Status.REFUSED_BY_TARGET, "rotary_mul.npu", reason)
@@ -235,11 +239,15 @@ def _shape_limit(turn: r.Turn, x: torch.Tensor, cos: torch.Tensor) -> str | None
     if turn.width > MAX_WIDTH:
         return f"npu_rotary_mul takes a width of at most {MAX_WIDTH}, x has {turn.width}"
     kept = _kept_dims(turn, x, cos)
+    shape = [1] * (4 - x.dim()) + list(x.shape)
     allowed = HALF_TABLES if turn.mode == "half" else INTERLEAVE_TABLES
-    if kept not in allowed:
+    if not any(kept <= table and all(is_one(shape[i]) for i in table - kept) for table in allowed):
         return f"cos varies over dims {sorted(kept)} of x, which mode {turn.mode!r} does not take"
     if any(isinstance(s, int) and s >= MAX_BATCH for s in _batch_and_heads(x, kept)):
         return f"batch and heads must be below {MAX_BATCH}"
+    rows = _batch_and_heads(x, kept)
+    if turn.mode != "half" and (not all(isinstance(s, int) for s in rows) or math.prod(rows) >= MAX_BATCH):
+        return f"batch · heads must be known and below {MAX_BATCH} in mode {turn.mode!r}"
     return None
 
 
@@ -256,15 +264,19 @@ def _batch_and_heads(x: torch.Tensor, kept: set[int]) -> list[Any]:
     return [s for i, s in enumerate(leading) if i != sequence]
 
 
-def _tiling_limit(turn: r.Turn, x: torch.Tensor, cos: torch.Tensor, site: Site) -> str | None:
-    """Two refusals of the kernels' tilings; a size that is symbolic counts as refused."""
+def _tiling_limit(turn: r.Turn, x: torch.Tensor, cos: torch.Tensor, site: Site, form: Form) -> str | None:
+    """Three refusals of the kernels' tilings; a size that is symbolic counts as refused."""
     kept = _kept_dims(turn, x, cos)
     if turn.mode != "half" or _is_swapped(x) or x.dim() != 4 or 2 not in kept:
         return None
     batch, heads, length = x.shape[:3]
-    if kept == {2} and not (is_one(batch) or is_one(heads)):
+    if kept == {2} and not (is_one(batch) or is_one(heads) or is_one(length)):
         known = all(isinstance(s, int) for s in (batch, heads, length))
-        if not known or batch * heads > 8 * length:
+        width: torch.dtype = form.key[0]
+        if turn.width // 2 * width.itemsize % BLOCK:
+            if turn.width < SHORT_WIDTH and (not known or 2 * batch * heads > -(-length // CORES)):
+                return f"a width below {SHORT_WIDTH} whose halves fill no whole {BLOCK}-byte blocks has no tiling here"
+        elif not known or batch * heads > 8 * length:
             return "batch · heads may exceed 8 · sequence, which the kernel refuses for cos of [1, 1, S, D]"
     result = d.tensor(site.output)
     if kept == {0, 2} and result is not None and result.requires_grad:
