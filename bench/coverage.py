@@ -18,6 +18,7 @@ import sys
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable
+from dataclasses import astuple, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -33,11 +34,33 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table  # noqa: E402
 from zoo import catalog, measure, truth  # noqa: E402
 from zoo.isolate import isolated  # noqa: E402
+from zoo.unfusable import UNFUSABLE  # noqa: E402
 
 Record = dict[str, Any]
 OPS = ("rms_norm", "rotary_mul", "glu")
 KNOWN = truth.load()
-console = Console()
+console = Console(width=None if sys.stdout.isatty() else 120)
+
+
+@dataclass(frozen=True)
+class Counts:
+    """Sites per forward pass: what truth says, and what became of them.
+
+    `outside`: in no graph, since Dynamo breaks there. `unfusable`: no fused operation computes this.
+    """
+
+    true: int = 0
+    fused: int = 0
+    profit: int = 0
+    outside: int = 0
+    unfusable: int = 0
+
+    @property
+    def missed(self) -> int:
+        return self.true - self.fused - self.profit - self.outside - self.unfusable
+
+    def __add__(self, other: Counts) -> Counts:
+        return Counts(*(a + b for a, b in zip(astuple(self), astuple(other), strict=True)))
 
 
 def run_one(mode: str, baselines: Path | None, name: str) -> Record:
@@ -141,9 +164,9 @@ def shortfall(record: Record) -> str:
         return ""
     parts = []
     for op in OPS:
-        true, fused, profit = _counts(record, (op,))
-        if fused + profit < true:
-            parts.append(f"{op} {fused + profit} of {true}")
+        counts = _counts(record, (op,))
+        if counts.missed:
+            parts.append(f"{op} {counts.fused + counts.profit} of {counts.true}")
     return f"{record['mode']} {record['name']}: {', '.join(parts)}" if parts else ""
 
 
@@ -154,30 +177,32 @@ def is_short(record: Record) -> bool:
 
 def coverage_table(records: Iterable[Record]) -> Table:
     """Sites per forward pass, summed over models: one row per mode and operation."""
-    table = Table(title="sites that npu_fuse fused")
-    for column in ("mode", "op", "models", "true", "fused", "refused by profit", "share"):
+    table = Table(title="sites per forward pass, and what npu_fuse made of them")
+    for column in ("mode", "op", "models", "true", "fused", "by profit", "in no graph", "no op", "missed", "share"):
         table.add_column(column, justify="left" if column in ("mode", "op") else "right")
     for mode, group in _by_mode(records).items():
         ran = [r for r in group if "sites" in r and not r["plain_error"]]
         for op in (*OPS, "all"):
-            counts = [_counts(r, OPS if op == "all" else (op,)) for r in ran]
-            true, fused, profit = (sum(column) for column in zip(*counts, strict=True)) if counts else (0, 0, 0)
-            share = f"{100 * (fused + profit) / true:.2f} %" if true else "-"
-            models = sum(n > 0 for n, _, _ in counts)
-            table.add_row(mode, op, *map(str, (models, true, fused, profit)), share, end_section=op == "all")
+            each = [_counts(r, OPS if op == "all" else (op,)) for r in ran]
+            total = sum(each, Counts())
+            share = f"{100 * (total.fused + total.profit) / total.true:.2f} %" if total.true else "-"
+            numbers = (sum(c.true > 0 for c in each), *astuple(total), total.missed)
+            table.add_row(mode, op, *map(str, numbers), share, end_section=op == "all")
     return table
 
 
-def _counts(record: Record, ops: tuple[str, ...]) -> tuple[int, int, int]:
-    """(true, fused, refused by profit); what one op has beyond truth never makes up for another's lack."""
-    true = fused = profit = 0
+def _counts(record: Record, ops: tuple[str, ...]) -> Counts:
+    """What one op has beyond truth never makes up for another's lack."""
+    total = Counts()
     for op in ops:
         wanted = KNOWN.get(record["name"], {}).get("expected", {}).get(op, 0)
-        done = min(wanted, record["sites"].get("fused", {}).get(op, 0))
-        true += wanted
-        fused += done
-        profit += min(wanted - done, record["sites"].get("refused_by_profit", {}).get(op, 0))
-    return true, fused, profit
+        fused = min(wanted, record["sites"].get("fused", {}).get(op, 0))
+        profit = min(wanted - fused, record["sites"].get("refused_by_profit", {}).get(op, 0))
+        rest = wanted - fused - profit
+        outside = min(rest, max(0, wanted - record.get("captured", {}).get(op, wanted)))
+        unfusable = min(rest - outside, UNFUSABLE.get(record["name"], {}).get(op, (0, ""))[0])
+        total += Counts(wanted, fused, profit, outside, unfusable)
+    return total
 
 
 def health_table(records: Iterable[Record]) -> Table:

@@ -119,6 +119,11 @@ class Flow(TorchDispatchMode):
         super().__enter__()
         return self
 
+    def forget(self) -> None:
+        """Forget the sites found so far, for another run."""
+        self.sites.clear()
+        self._halves.clear()
+
     def _enter_module(self, module: nn.Module, args: Any) -> None:
         self._modules.append(module)
 
@@ -129,7 +134,8 @@ class Flow(TorchDispatchMode):
         super().__exit__(*exc)
         for handle in self._handles:
             handle.remove()
-        self.sites += [site for site in self._roots.values()]
+        self.sites += self._roots.values()
+        self._roots.clear()
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None

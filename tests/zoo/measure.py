@@ -72,12 +72,20 @@ def measure(name: str, mode_name: str, baselines: Path | None = None) -> dict[st
     fused = compile_and_run(built, mode, fuse=True)
     record: dict[str, Any] = {"name": name, "mode": mode_name, **_sites(fused)}
     record["truth"] = truth.load().get(name, {}).get("expected", {})
+    if plain.graphs != 1 or plain.breaks:
+        record["captured"] = _captured(name)
     record["plain_error"], record["fused_error"] = plain.error, fused.error
     for key in ("graphs", "guards", "breaks"):
         record[key] = [getattr(plain, key), getattr(fused, key)]
     if exact and plain.results and fused.results:
         record["accuracy"] = asdict(reference.compare(plain.results, fused.results, exact, mode))
     return record
+
+
+def _captured(name: str) -> dict[str, int]:
+    """Sites per operation that reach any graph, for a model that Dynamo breaks into several."""
+    built = catalog.build(name)
+    return truth.expected(Counter(site.kind for site in truth.count_captured(built.model, built.inputs)))
 
 
 def _baseline(built: Built, mode: Mode, kept: Path | None) -> tuple[Compiled, reference.Results | None]:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -41,6 +41,26 @@ def count(model: nn.Module, inputs: Mapping[str, Any]) -> list[Site]:
     flow = Flow(model)
     with torch.no_grad(), flow:
         model(**inputs)
+    return [_named(site) for site in flow.sites]
+
+
+def count_captured(model: nn.Module, inputs: Mapping[str, Any]) -> list[Site]:
+    """Those sites that Dynamo gives to a backend at all: what a graph break leaves to Python is in no graph."""
+    flow = Flow(model)
+
+    def backend(gm: torch.fx.GraphModule, example_inputs: Any) -> Callable[..., Any]:
+        def call(*args: Any) -> Any:
+            with flow:
+                return gm(*args)
+
+        return call
+
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend=backend)
+    with torch.no_grad():
+        compiled(**inputs)
+        flow.forget()
+        compiled(**inputs)
     return [_named(site) for site in flow.sites]
 
 

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 _SOFTCAP = "the gate is soft-capped by tanh inside silu: no fused operation has that"
 
+_STATISTIC = "only the inverse root is used, on a product of its own: the op's output would be read by nobody"
+
 UNFUSABLE: dict[str, dict[str, tuple[int, str]]] = {
+    "hy_v4": {"rms_norm": (7, _STATISTIC)},
     "inkling2_text": {"glu": (2, _SOFTCAP)},
     "itt:inkling2": {"glu": (2, _SOFTCAP)},
 }
