@@ -120,7 +120,23 @@ def prove(candidates: list[Candidate], rules: Iterable[Rule], options: Options, 
         if candidate.form is None:
             # The last form is the one that keeps most of the original's digits: its reason tells most.
             candidate.refuse(*(reasons[-1] if reasons else (Status.MISSED, "no_form", "no form of the op fits")))
-    candidates[:] = [c for c in candidates if c.site is None or id(c.site) not in contained]
+    _settle_compositions(candidates, contained)
+
+
+def _settle_compositions(candidates: list[Candidate], contained: set[int]) -> None:
+    """A composition stands for what it contains; a refused one leaves its reason with the simpler site."""
+    simple = {id(c.site): c for c in candidates if c.site is not None and c.site.replaces is None}
+    kept = []
+    for candidate in candidates:
+        inner = candidate.site.replaces if candidate.site is not None else None
+        if candidate.site is not None and id(candidate.site) in contained:
+            continue
+        refused = candidate.status in (Status.REFUSED_BY_PROOF, Status.REFUSED_BY_TARGET, Status.MISSED)
+        if inner is not None and refused and id(inner) in simple:
+            simple[id(inner)].notes.append(f"no {candidate.op}: {candidate.reason}")
+            continue
+        kept.append(candidate)
+    candidates[:] = kept
 
 
 def put_in(gm: GraphModule, view: View, candidates: Sequence[Candidate], target: Target) -> None:
