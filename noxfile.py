@@ -64,6 +64,17 @@ def zoo(session: nox.Session) -> None:
 
 
 @nox.session
+def real_wheel(session: nox.Session) -> None:
+    """Every op that npu_fuse emits, in the unmodified torch_npu wheel on a stand-in for the NPU.
+
+    The wheel and the stand-in (built with the system's compiler) stay in .npu_host, out of the environment.
+    """
+    prepare(session)
+    tests = session.posargs or ["tests/conformance"]
+    session.run("scripts/npu-host", "python", "-m", "pytest", "-m", "real_wheel", *tests, external=True)
+
+
+@nox.session
 def bench(session: nox.Session) -> None:
     """Benchmarks by name (`-- pass_time memory`), or all of them."""
     prepare(session)

@@ -78,7 +78,12 @@ def test_meta_kernel_and_device_agree(case: Case, dtype: torch.dtype) -> None:
     args, named = case.make(dtype)
     kinds = [
         [(t.shape, t.dtype, t.stride()) for t in several(op(*on(device, args), **on(device, named)))]
-        for op, device in ((npu(case.op), "meta"), (npu(case.op), "npu"), (ours(case.op), "meta"), (ours(case.op), "cpu"))
+        for op, device in (
+            (npu(case.op), "meta"),
+            (npu(case.op), "npu"),
+            (ours(case.op), "meta"),
+            (ours(case.op), "cpu"),
+        )
     ]
     assert kinds[0] == kinds[1] == kinds[2] == kinds[3]
 

@@ -139,7 +139,8 @@ def stub_source(names: set[str], headers: Path) -> str:
     for name in sorted(names):
         pointer = re.search(rf"\*\s*{name}\s*\(", text)
         call = f'npu_host_unsupported("{name}")'
-        lines.append(f"void *{name}(void) {{ {call}; return 0; }}" if pointer else f"long {name}(void) {{ return {call}; }}")
+        body = f"{{ {call}; return 0; }}" if pointer else f"{{ return {call}; }}"
+        lines.append(f"{'void *' if pointer else 'long '}{name}(void) {body}")
     return "\n".join(lines) + "\n"
 
 

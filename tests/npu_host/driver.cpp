@@ -240,6 +240,7 @@ aclError aclrtSynchronizeDeviceWithTimeout(int32_t) { return refuse_in_capture("
 aclError aclrtStreamWaitEvent(aclrtStream, aclrtEvent) { return ACL_SUCCESS; }
 
 aclError aclrtCreateEventExWithFlag(aclrtEvent* event, uint32_t) { return *event = new Event{}, ACL_SUCCESS; }
+aclError aclrtCreateEventWithFlag(aclrtEvent* event, uint32_t) { return *event = new Event{}, ACL_SUCCESS; }
 aclError aclrtDestroyEvent(aclrtEvent event) { return delete static_cast<Event*>(event), ACL_SUCCESS; }
 aclError aclrtRecordEvent(aclrtEvent event, aclrtStream) {
   static_cast<Event*>(event)->at = std::chrono::steady_clock::now();

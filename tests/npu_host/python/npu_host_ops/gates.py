@@ -97,7 +97,7 @@ def npu_clipped_swiglu(
     x: torch.Tensor, *, group_index: torch.Tensor | None = None, dim: int = -1, alpha: float = 1.702,
     limit: float = 7.0, bias: float = 1.0, interleaved: bool = True,
 ) -> torch.Tensor:  # fmt: skip
-    """min(a, limit) · sigmoid(alpha · min(a, limit)) · (clamp(b, ±limit) + bias); rows past the groups stay unwritten."""
+    """c · sigmoid(alpha · c) · (b in ±limit + bias) for c = min(a, limit); rows past the groups stay unwritten."""
     op = "npu_clipped_swiglu"
     check(op, family() in ("A2", "A3", "A5"), "the operator is not on this chip")
     at = _check(op, x, dim, 2)
@@ -105,7 +105,8 @@ def npu_clipped_swiglu(
     wide = x.float().movedim(at, -1)
     size = wide.shape[-1] // 2
     a, b = (wide[..., 0::2], wide[..., 1::2]) if interleaved else (wide[..., :size], wide[..., size:])
-    a, b = torch.minimum(a, torch.tensor(limit)), torch.maximum(torch.minimum(b, torch.tensor(limit)), torch.tensor(-limit))
+    top = torch.tensor(limit)
+    a, b = torch.minimum(a, top), torch.maximum(torch.minimum(b, top), -top)
     y = (a / (1.0 + torch.exp(-alpha * a)) * (b + bias)).movedim(-1, at).to(x.dtype).contiguous()
     if group_index is not None:
         check(op, group_index.dtype == torch.int64 and group_index.dim() == 1, f"group_index is {group_index.dtype}")

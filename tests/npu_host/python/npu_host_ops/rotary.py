@@ -128,8 +128,9 @@ def npu_rotary_mul_backward(
     readings = _check(op, x, r1, r2, rotary_mode)
     check(op, grad.shape == x.shape and grad.dtype == x.dtype, f"grad is {grad.dtype} {tuple(grad.shape)}")
     if rotary_mode == "half":
-        holes = [t for l, t in readings if l.name == "BNSD" and t == "B1S" and x.shape[0] >= x.shape[2] > 1]
-        check(op, len(holes) < len(readings), f"no tiling for x {tuple(x.shape)} with cos {tuple(r1.shape)}")
+        covered = x.shape[0] < x.shape[2] or x.shape[2] == 1
+        takes = any(covered or (layout.name, table) != ("BNSD", "B1S") for layout, table in readings)
+        check(op, takes, f"no tiling for x {tuple(x.shape)} with cos {tuple(r1.shape)}")
     cos, sin = r1.to(x.dtype).float(), r2.to(x.dtype).float()
     dy = grad.contiguous().float()
     dx = (dy * cos + _unturn(dy * sin, rotary_mode)).to(x.dtype)

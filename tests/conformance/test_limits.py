@@ -1,0 +1,245 @@
+"""The stand-in refuses what its documents refuse, and npu_fuse emits nothing that it refuses.
+
+The stand-in's limits are written from the operators' documents, the target's in the passes: each checks
+the other. `BROKEN` has one call for every limit, beside a call that only just keeps it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from itertools import product
+from typing import Any
+
+import pytest
+import torch
+
+pytestmark = pytest.mark.real_wheel
+
+F16, BF16, F32 = torch.float16, torch.bfloat16, torch.float32
+
+
+def t(*shape: int, dtype: torch.dtype = F32) -> torch.Tensor:
+    return torch.ones(*shape, device="npu", dtype=dtype)
+
+
+def rms(x: torch.Tensor, gamma: torch.Tensor) -> Any:
+    return torch.ops.npu.npu_rms_norm(x, gamma, 1e-6)
+
+
+def rms_back(x: torch.Tensor, gamma: torch.Tensor, rstd: torch.Tensor) -> Any:
+    return torch.ops.npu.npu_rms_norm_backward(x, x, gamma, rstd)
+
+
+def add(x1: torch.Tensor, x2: torch.Tensor, gamma: torch.Tensor) -> Any:
+    return torch.ops.npu.npu_add_rms_norm(x1, x2, gamma, 1e-6)
+
+
+def rope(x: torch.Tensor, cos: torch.Tensor, mode: str = "half") -> Any:
+    return torch.ops.npu.npu_rotary_mul(x, cos, cos, mode)
+
+
+def rope_back(x: torch.Tensor, cos: torch.Tensor, mode: str = "half") -> Any:
+    return torch.ops.npu.npu_rotary_mul_backward(x, x, cos, cos, mode)
+
+
+def swiglu(x: torch.Tensor, dim: int = -1) -> Any:
+    return torch.ops.npu.npu_swiglu(x, dim)
+
+
+def clipped(x: torch.Tensor, **named: Any) -> Any:
+    return torch.ops.npu.npu_clipped_swiglu(x, **named)
+
+
+Call = Callable[[], Any]
+BROKEN: dict[str, tuple[Call, Call]] = {
+    "rms gamma of another length": (lambda: rms(t(2, 8), t(4)), lambda: rms(t(2, 8), t(8))),
+    "rms rank 9": (lambda: rms(t(*[1] * 8, 8), t(8)), lambda: rms(t(*[1] * 7, 8), t(8))),
+    "rms float64": (lambda: rms(t(2, 8, dtype=torch.float64), t(8, dtype=torch.float64)), lambda: rms(t(2, 8), t(8))),
+    "rms f32 with bf16 gamma": (lambda: rms(t(2, 8), t(8, dtype=BF16)), lambda: rms(t(2, 8, dtype=BF16), t(8))),
+    "rms backward of rank 1": (lambda: rms_back(t(8), t(8), t(1)), lambda: rms_back(t(1, 8), t(8), t(1, 1))),
+    "rms backward rstd": (lambda: rms_back(t(2, 8), t(8), t(2)), lambda: rms_back(t(2, 8), t(8), t(2, 1))),
+    "add broadcast": (lambda: add(t(2, 8), t(1, 8), t(8)), lambda: add(t(2, 8), t(2, 8), t(8))),
+    "add mixed": (
+        lambda: add(*[t(2, 8, dtype=F16)] * 2, t(8)),
+        lambda: add(*[t(2, 8, dtype=F16)] * 2, t(8, dtype=F16)),
+    ),
+    "rope rank 3": (lambda: rope(t(4, 2, 64), t(4, 1, 64)), lambda: rope(t(1, 4, 2, 64), t(1, 4, 1, 64))),
+    "rope width": (lambda: rope(t(1, 2, 4, 898), t(1, 1, 4, 898)), lambda: rope(t(1, 2, 4, 896), t(1, 1, 4, 896))),
+    "rope table of half width": (
+        lambda: rope(t(1, 2, 4, 64), t(1, 1, 4, 32)),
+        lambda: rope(t(1, 2, 4, 64), t(1, 1, 4, 64)),
+    ),
+    "rope table over heads and length": (
+        lambda: rope(t(2, 3, 4, 64), t(1, 3, 4, 64)),
+        lambda: rope(t(2, 3, 4, 64), t(2, 3, 4, 64)),
+    ),
+    "rope mode": (
+        lambda: rope(t(1, 2, 4, 64), t(1, 1, 4, 64), "quarter"),
+        lambda: rope(t(1, 2, 4, 64), t(1, 1, 4, 64)),
+    ),
+    "rope batch": (
+        lambda: rope(t(1000, 2, 4, 64), t(1000, 1, 4, 64)),
+        lambda: rope(t(999, 2, 4, 64), t(999, 1, 4, 64)),
+    ),
+    "rope many heads": (lambda: rope(t(3, 6, 2, 64), t(1, 1, 2, 64)), lambda: rope(t(2, 8, 2, 64), t(1, 1, 2, 64))),
+    "rope unaligned tiling": (
+        lambda: rope(t(2, 2, 40, 24), t(1, 1, 40, 24)),
+        lambda: rope(t(2, 2, 320, 24), t(1, 1, 320, 24)),
+    ),
+    "rope interleave per batch": (
+        lambda: rope(t(2, 4, 2, 64), t(2, 4, 1, 64), "interleave"),
+        lambda: rope(t(2, 4, 2, 64), t(1, 4, 1, 64), "interleave"),
+    ),
+    "rope interleave batch": (
+        lambda: rope(t(10, 2, 100, 64), t(1, 2, 1, 64), "interleave"),
+        lambda: rope(t(9, 2, 111, 64), t(1, 2, 1, 64), "interleave"),
+    ),
+    "rope backward batch": (
+        lambda: rope_back(t(4, 2, 4, 64), t(4, 1, 4, 64)),
+        lambda: rope_back(t(3, 2, 4, 64), t(3, 1, 4, 64)),
+    ),
+    "swiglu odd": (lambda: swiglu(t(2, 7)), lambda: swiglu(t(2, 8))),
+    "swiglu rank 9": (lambda: swiglu(t(*[1] * 8, 8)), lambda: swiglu(t(*[1] * 7, 8))),
+    "swiglu float64": (lambda: swiglu(t(2, 8, dtype=torch.float64)), lambda: swiglu(t(2, 8))),
+    "geglu approximate": (
+        lambda: torch.ops.npu.npu_geglu(t(2, 8), -1, 2),
+        lambda: torch.ops.npu.npu_geglu(t(2, 8), -1, 0),
+    ),
+    "clipped rank 1": (lambda: clipped(t(8)), lambda: clipped(t(1, 8))),
+    "clipped strided": (lambda: clipped(t(2, 16)[:, :8]), lambda: clipped(t(2, 16)[:, :8].contiguous())),
+    "fast gelu float64": (
+        lambda: torch.ops.npu.npu_fast_gelu(t(2, dtype=torch.float64)),
+        lambda: torch.ops.npu.npu_fast_gelu(t(2)),
+    ),
+}
+
+
+@pytest.mark.parametrize("limit", BROKEN)
+def test_each_limit(limit: str) -> None:
+    broken, kept = BROKEN[limit]
+    kept()
+    with pytest.raises(RuntimeError, match=r"^npu_host: npu_"):
+        broken()
+
+
+@pytest.mark.parametrize("soc", ["Ascend310P3", "Ascend910A"])
+def test_old_chips(soc: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NPU_HOST_SOC", soc)
+    rms(t(2, 64, dtype=F16), t(64, dtype=F16))
+    for call in (
+        lambda: rms(t(2, 64, dtype=BF16), t(64, dtype=BF16)),
+        lambda: rms(t(2, 64, dtype=F16), t(64)),
+        lambda: rope(t(1, 2, 4, 64), t(1, 1, 4, 64)),
+        lambda: clipped(t(2, 8)),
+    ):
+        with pytest.raises(RuntimeError, match="npu_host: npu_"):
+            call()
+
+
+def test_rows_past_the_groups_stay_unwritten() -> None:
+    y = clipped(t(6, 8), group_index=torch.tensor([1, 3], device="npu"))
+    assert not y[:4].isnan().any() and y[4:].isnan().all()
+
+
+def test_an_operator_without_a_kernel_says_its_name() -> None:
+    with pytest.raises(NotImplementedError, match="npu_host: the stand-in has no kernel for npu::npu_mrope"):
+        torch.ops.npu.npu_mrope(t(2).long(), t(2, 64), t(2, 64), t(8, 64), 64)
+
+
+# --- what npu_fuse emits runs, at and around every limit ----------------------------------------------------
+
+
+def lowered(function: Callable[..., Any], **options: Any) -> Callable[..., Any]:
+    """`function` with npu_fuse's calls in it, run as Dynamo's graph without any other compiler."""
+    torch._dynamo.reset()
+    chosen = {"target": "npu", "handoff": lambda gm, inputs: gm.forward, **options}
+    return torch.compile(function, backend="npu_fuse", options=chosen, dynamic=False)
+
+
+def runs_like(function: Callable[..., Any], *args: torch.Tensor) -> None:
+    """Equal to eager, or left alone. A call that the stand-in refuses raises here."""
+    leaves = [a for a in args if a.requires_grad]
+    want = function(*args)
+    got = lowered(function)(*args)
+    torch.testing.assert_close(got, want, rtol=2e-2, atol=2e-2)
+    if leaves:
+        grads = [torch.autograd.grad(y, leaves, torch.ones_like(y)) for y in (got, want)]
+        torch.testing.assert_close(grads[0], grads[1], rtol=5e-2, atol=5e-2)
+
+
+def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    first, second = x.chunk(2, -1)
+    return x * cos + torch.cat((-second, first), -1) * sin
+
+
+def rotate_pairs(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    turned = torch.stack((-x[..., 1::2], x[..., 0::2]), -1).flatten(-2)
+    return x * cos + turned * sin
+
+
+SIZES = [(2, 4, 24), (2, 18, 2), (4, 2, 3), (1, 40, 1), (2, 5, 1), (50, 20, 2)]
+
+
+@pytest.mark.parametrize("turn", [rotate, rotate_pairs])
+@pytest.mark.parametrize("width", [64, 24])
+@pytest.mark.parametrize("training", [False, True])
+def test_rotations(turn: Callable[..., Any], width: int, training: bool) -> None:
+    """Sizes × tables × layouts: [B, N, S, D] as it is, and as a transpose of [B, S, N, D]."""
+    for (batch, heads, length), shared, swapped in product(SIZES, (True, False), (True, False)):
+        shape = (batch, length, heads, width) if swapped else (batch, heads, length, width)
+        x = torch.randn(shape, device="npu", requires_grad=training)
+        angles = torch.randn(1 if shared else batch, 1, length, width // 2, device="npu")
+        full = torch.cat((angles, angles), -1) if turn is rotate else angles.repeat_interleave(2, -1)
+
+        def rope_of(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, swapped: bool = swapped) -> torch.Tensor:
+            return turn(x.transpose(1, 2) if swapped else x, cos, sin)
+
+        runs_like(rope_of, x, full.cos(), full.sin())
+
+
+def norm(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+    wide = x.float()
+    return w * (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + 1e-6)).to(x.dtype)
+
+
+@pytest.mark.parametrize("dtypes", [(BF16, BF16), (BF16, F32), (F16, F16), (F32, F32), (F32, BF16)], ids=str)
+@pytest.mark.parametrize("training", [False, True])
+def test_norms(dtypes: tuple[torch.dtype, torch.dtype], training: bool) -> None:
+    for shape in ((8,), (3, 8), (2, 3, 4, 8), (1,) * 8 + (8,), (0, 8)):
+        if training and 0 in shape:
+            continue
+        x = torch.randn(shape, device="npu", dtype=dtypes[0], requires_grad=training)
+        w = torch.rand(8, device="npu", dtype=dtypes[1], requires_grad=training)
+        runs_like(norm, x, w)
+        runs_like(lambda x, w: norm(x + 1, w), x, w)
+        if len(shape) > 2:
+            runs_like(lambda x, w: norm(x.transpose(0, 1), w).transpose(0, 1), x, w)
+            runs_like(lambda x, w: norm(x.transpose(0, 1), w).reshape(-1), x, w)
+
+
+def gated(kind: str) -> Callable[..., torch.Tensor]:
+    def silu(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.silu(a) * b
+
+    def gelu(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.gelu(a, approximate="tanh") * b
+
+    def clamped(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        a, b = a.clamp(max=7.0), b.clamp(-7.0, 7.0)
+        return (b + 1) * (a * torch.sigmoid(a * 1.702))
+
+    return {"silu": silu, "gelu": gelu, "clamped": clamped}[kind]
+
+
+@pytest.mark.parametrize("kind", ["silu", "gelu", "clamped"])
+@pytest.mark.parametrize("training", [False, True])
+def test_gates(kind: str, training: bool) -> None:
+    act = gated(kind)
+    for shape in ((16,), (3, 16), (2, 3, 16), (1,) * 8 + (16,)):
+        x = torch.randn(shape, device="npu", requires_grad=training)
+        runs_like(lambda x: act(*x.chunk(2, -1)), x)
+        runs_like(lambda x: act(x[..., 0::2], x[..., 1::2]), x)
+        runs_like(lambda x: act(x[..., 2:6], x[..., 6:10]), x)
+        runs_like(lambda x: act(x, x + 1), x)
+        if len(shape) > 1:
+            runs_like(lambda x: act(*x.transpose(0, -2).chunk(2, -1)), x)
