@@ -118,44 +118,40 @@ def mode_for(model: Callable[..., Any], train: bool) -> Iterator[None]:
 def dynamo_untouched(backend: Callable[..., Any]) -> Iterator[None]:
     """Drop on exit what Dynamo has compiled for `backend`, and nothing that anyone else has compiled.
 
-    `torch._dynamo.reset` would throw the user's compiled code away. Functions that Dynamo first met in here
-    are reset (their code, and the mark of a frame that was given up on); of the others, only the entries
-    made for `backend` are invalidated (torch keeps them, empty). The sizes seen are forgotten, or the next
-    compile of the same code with another size would become dynamic.
+    `torch._dynamo.reset` would throw the user's compiled code away. Of the functions that Dynamo tried in here,
+    those that hold nothing else are reset: their code, and the mark of a function that it gave up on. Of the
+    others, the entries made for `backend` are invalidated (torch keeps them, empty). The sizes seen are forgotten, or
+    the next compile of the same code with another size would become dynamic.
     """
     from torch._dynamo import convert_frame, pgo, utils
 
-    known = {id(code): code for code in _codes(convert_frame)}
     sizes_seen = copy.deepcopy(pgo._CODE_STATE)
     counters = copy.deepcopy(dict(utils.counters))
     breaks = len(utils.graph_break_reasons)
+    earlier, convert_frame.input_codes = convert_frame.input_codes, convert_frame.Tracker()
     try:
         yield
     finally:
         with convert_frame.compile_lock:
-            for code in _codes(convert_frame):
-                _forget(code, backend, first_met=id(code) not in known)
+            tried, convert_frame.input_codes = convert_frame.input_codes, earlier
+            for code in filter(None, [ref() for ref in tried.seen]):
+                earlier.add(code)
+                _forget(code, backend)
             pgo._CODE_STATE = sizes_seen
             utils.counters.clear()
             utils.counters.update(counters)
             del utils.graph_break_reasons[breaks:]
 
 
-def _codes(convert_frame: Any) -> list[types.CodeType]:
-    """Every function that Dynamo has tried to compile and that is still alive."""
-    return [code for ref in convert_frame.input_codes.seen if (code := ref()) is not None]
-
-
-def _forget(code: types.CodeType, backend: Callable[..., Any], *, first_met: bool) -> None:
+def _forget(code: types.CodeType, backend: Callable[..., Any]) -> None:
     from torch._C._dynamo import eval_frame
     from torch._dynamo.guards import DeletedGuardManagerWrapper
 
-    if first_met:
+    entries = eval_frame._debug_get_cache_entry_list(code)
+    ours = [e for e in entries if getattr(e.backend, "compiler_fn", e.backend) is backend]
+    for entry in ours:
+        extra_state = getattr(entry.guard_manager, "extra_state", None)
+        if extra_state is not None:
+            extra_state.invalidate(entry, DeletedGuardManagerWrapper("npu_fuse.explain has ended"))
+    if all(isinstance(entry.guard_manager, DeletedGuardManagerWrapper) for entry in entries):
         eval_frame.reset_code(code)
-        return
-    for entry in eval_frame._debug_get_cache_entry_list(code):
-        if getattr(entry.backend, "compiler_fn", entry.backend) is backend:
-            manager = entry.guard_manager
-            extra_state = getattr(manager, "extra_state", None)
-            if extra_state is not None:
-                extra_state.invalidate(entry, DeletedGuardManagerWrapper("npu_fuse.explain has ended"))

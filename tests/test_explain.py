@@ -186,21 +186,22 @@ def test_a_function_that_dynamo_gives_up_on_is_named() -> None:
     assert "Dynamo captured no graph" in str(report)
 
 
-def recompiled(x: torch.Tensor, n: int) -> torch.Tensor:
+def recompiled(x: torch.Tensor) -> torch.Tensor:
     torch._dynamo.graph_break()
-    return x * len("a" * n)
+    return x + 1
 
 
 def test_the_recompile_limit_is_reported_and_not_left_behind() -> None:
     def calls_often(x: torch.Tensor) -> torch.Tensor:
         torch._dynamo.graph_break()
-        return recompiled(x, 20) + sum(recompiled(x, n) for n in range(12))
+        a, b, c = recompiled(x), recompiled(x[:1]), recompiled(x[:, :1])
+        return a + b + c + recompiled(x[:, :, :1])
 
     with torch._dynamo.config.patch(recompile_limit=2):
-        report = explain(calls_often, inputs())
+        report = explain(calls_often, inputs(), dynamic=False)
     assert any("recompile_limit" in f.reason and not f.fatal for f in report.failures)
     count = Count()
-    torch.compile(recompiled, backend=count)(inputs(), 3)
+    torch.compile(recompiled, backend=count)(inputs())
     assert count.compiled == 1  # a function over its limit is never compiled again: the mark is gone
 
 
@@ -313,14 +314,19 @@ def test_code_that_the_user_compiled_is_kept() -> None:
 
 
 def test_explaining_often_uses_up_no_recompiles_of_the_user() -> None:
-    model, count = Broken(), Count()
+    class NotCompiledYet(Broken):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            self.say()
+            return self.norm(self.norm(x))
+
+    model, count = NotCompiledYet(), Count()
     with torch._dynamo.config.patch(recompile_limit=3):
         for _ in range(4):
-            assert len(explain(model, inputs()).graphs) == 2
+            assert len(explain(model, inputs()).graphs) == 1
         mine = torch.compile(model, backend=count, dynamic=False)
         mine(torch.randn(2, 4, WIDTH))
         mine(torch.randn(2, 5, WIDTH))
-    assert count.compiled == 4
+    assert count.compiled == 2
 
 
 def test_sizes_seen_do_not_make_the_users_next_compile_dynamic() -> None:
