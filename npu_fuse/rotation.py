@@ -7,6 +7,7 @@ what the movement does is read off element ids (`trace`), never off names.
 
 from __future__ import annotations
 
+import itertools
 import operator
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -327,10 +328,10 @@ def _read(region: Region, cut: list[Node], inputs: tuple[Node, ...], same: set[N
                     env[node] = tracer.complex_leaf(shape) if complex_value else tracer.leaf(shape)
             env = trace(cut, env, sizes, tracer)
             break
-        except CannotShrink:
-            tracer = Tracer()
-        except (Untraceable, RuntimeError, IndexError, ValueError, TypeError):
+        except Untraceable:
             return ""
+        except (CannotShrink, RuntimeError, IndexError, ValueError, TypeError):
+            tracer = Tracer()  # sizes that were shrunk apart do not fit together
     else:
         return ""
     ids = env[region.output]
@@ -482,28 +483,42 @@ def _arranged(
         signs.append(coefficient / own)
     if any(s not in (1.0, -1.0) for s in signs):
         return None
+    own_places = _in_place(tracer, spread, flat, width) if last == width else None
+    if own_places is not None:
+        return "", own_places
     for number, row in enumerate(spread):
         for position, (j, sign) in enumerate(zip(order, signs, strict=True)):
             element, coefficient = flat[number * width + position]
             if tracer.polynomials[row[j]] != (((element,), coefficient * sign),):
                 return None
-    uniform: Any = int(signs[0]) if len(set(signs)) == 1 else tuple(int(s) for s in signs)
+    uniform = _uniform(signs)
     half = list(range(width // 2))
-    if order == list(range(width)) and last == width:
-        return "", uniform
     if last == width // 2 and order == half + half:
         return "tile", uniform
     if last == width // 2 and order == [i for i in half for _ in range(2)]:
         return "repeat", uniform
-    if last == width:  # equal elements found at their first place: the node itself may still be right
-        itself = all(
-            tracer.polynomials[row[p]] == (((flat[n * width + p][0],), flat[n * width + p][1] * signs[p]),)
-            for n, row in enumerate(spread)
-            for p in range(width)
-        )
-        if itself:
-            return "", uniform
     return tuple(order), uniform
+
+
+def _in_place(tracer: Tracer, spread: list[list[int]], flat: list[tuple[int, float]], width: int) -> Any:
+    """The signs by which every element stands at its own place already, though equal ones may stand elsewhere."""
+    signs = []
+    for position in range(width):
+        element, coefficient = flat[position]
+        polynomial = tracer.polynomials[spread[0][position]]
+        if len(polynomial) != 1 or polynomial[0][0] != (element,) or not polynomial[0][1]:
+            return None
+        signs.append(coefficient / polynomial[0][1])
+    for number, row in enumerate(spread):
+        for position, sign in enumerate(signs):
+            element, coefficient = flat[number * width + position]
+            if tracer.polynomials[row[position]] != (((element,), coefficient * sign),):
+                return None
+    return _uniform(signs) if all(s in (1.0, -1.0) for s in signs) else None
+
+
+def _uniform(signs: list[float]) -> Any:
+    return int(signs[0]) if len(set(signs)) == 1 else tuple(int(s) for s in signs)
 
 
 def narrowing_tail(view: View, output: Node) -> tuple[Node, list[Node]]:
@@ -543,13 +558,23 @@ def emit_table(e: Emitter, node: Any, table: Table, dtype: torch.dtype) -> Any:
         elif table.arrange:
             value = e.call(torch.stack, tuple(e.call(torch.select, value, -1, i) for i in table.arrange), -1)
         if isinstance(table.sign, tuple):
-            signs = e.call(torch.tensor, list(table.sign))
-            value = e.call(torch.mul, value, signs)
+            value = _signed(e, value, table.sign)
         elif table.sign == -1:
             value = e.call(torch.neg, value)
         return e.cast(value, dtype)
 
     return e.shared((table.key, dtype), (node,), build)
+
+
+def _signed(e: Emitter, value: Any, signs: tuple[int, ...]) -> Any:
+    """Each element times its sign: runs of equal signs are negated and joined (no constant to bring to a device)."""
+    parts, start = [], 0
+    for sign, run in itertools.groupby(signs):
+        length = len(list(run))
+        part = e.call(torch.narrow, value, -1, start, length)
+        parts.append(e.call(torch.neg, part) if sign == -1 else part)
+        start += length
+    return e.call(torch.cat, tuple(parts), -1)
 
 
 def emit_deinterleave(e: Emitter, value: Any, width: int) -> Any:
