@@ -276,9 +276,9 @@ def between(view: View, outputs: Iterable[Node], inputs: Iterable[Node], allowed
         if known is not None:
             twins[node] = known
             continue
-        if d.symbolic_scalar(node):
+        if d.symbolic_scalar(node) and not d.computed_scalar(node):
             continue
-        if not allowed(node):
+        if not (allowed(node) or d.computed_scalar(node)):
             return Between(stopped=node)
         seen.add(node)
         stack += d.data_inputs(node)

@@ -203,7 +203,13 @@ def tensors_in_index(node: Node) -> list[Node]:
 
 
 def constant(arg: Any) -> float | None:
-    """A Python number in an operand's place, or None. Bools are no numbers here."""
+    """A Python number in an operand's place (or a node known to be one), or None. Bools are no numbers here."""
+    if isinstance(arg, Node):
+        arg = value(arg)
+        if isinstance(arg, torch.SymFloat) and arg.node.expr.is_number:
+            return float(arg.node.expr)
+        if not isinstance(arg, float):
+            return None
     if isinstance(arg, (int, float)) and not isinstance(arg, bool):
         return float(arg)
     return None
@@ -212,6 +218,11 @@ def constant(arg: Any) -> float | None:
 def symbolic_scalar(arg: Any) -> bool:
     """A node that stands for a Python number: an `item` of a 0-d tensor, a size."""
     return isinstance(arg, Node) and isinstance(value(arg), (torch.SymFloat, torch.SymInt, int, float))
+
+
+def computed_scalar(node: Node) -> bool:
+    """A symbolic float made from another one, such as `-limit`."""
+    return node.op == "call_function" and isinstance(value(node), torch.SymFloat)
 
 
 def function_of(node: Node) -> Callable[..., Any]:

@@ -8,6 +8,7 @@ how they lie in it.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -22,6 +23,8 @@ from npu_fuse.sites import Form, Site
 from npu_fuse.trace import Tracer, Untraceable, trace
 from npu_fuse.view import View, same_shape, static
 
+Scalar = float | Node
+"""A Python number, or the node of one that Dynamo made symbolic."""
 SILU, GELU_TANH, GELU_ERF = "silu", "gelu_tanh", "gelu_erf"
 ACTIVATIONS = frozenset("silu gelu sigmoid mul div tanh erf reciprocal cast".split())
 
@@ -32,7 +35,7 @@ class Activation:
 
     kind: str
     x: Node
-    alpha: float = 1.0
+    alpha: Scalar = 1.0
     nodes: tuple[Node, ...] = ()
 
 
@@ -44,10 +47,15 @@ class Gate:
     output: Node
     gate: Node
     up: Node
-    alpha: float
-    limit: float
+    alpha: Scalar
+    limit: Scalar
     bias: float
     nodes: tuple[Node, ...]
+
+    @property
+    def scalars(self) -> tuple[Node, ...]:
+        """Settings that are symbolic under dynamic shapes: inputs of the site."""
+        return tuple(v for v in (self.alpha, self.limit) if isinstance(v, Node))
 
     @property
     def plain(self) -> bool:
@@ -119,13 +127,13 @@ def _finished(view: View, product: Node, act: Activation, up: Node) -> Gate | tu
     limits_gate = _clamp_of(view, act.x)
     gate, low, high, passed = limits_gate
     if low != -math.inf:
-        return product, f"the gate is clamped below at {low:g}, the op clamps it above only"
+        return product, f"the gate is clamped below at {low}, the op clamps it above only"
     bias, inner, passed_bias = _bias_of(view, up)
     inner, up_low, up_high, passed_up = _clamp_of(view, inner)
-    if (up_low, up_high) != (-high, high):
+    if not (_same(view, up_high, high) and _opposite(view, up_low, high)):
         if passed or passed_up:
             return product, (
-                f"the gate is clamped at {high:g} and up to [{up_low:g}, {up_high:g}], the op clamps both at one limit"
+                f"the gate is clamped at {high} and up to [{up_low}, {up_high}], the op clamps both at one limit"
             )
         passed_up = ()
     if bias != 0.0 and high == math.inf and not passed_up and act.alpha == 1.0:
@@ -149,9 +157,34 @@ def _bias_of(view: View, node: Node) -> tuple[float, Node, tuple[Node, ...]]:
     return 0.0, node, ()
 
 
-def _clamp_of(view: View, node: Node) -> tuple[Node, float, float, tuple[Node, ...]]:
+def _same(view: View, left: Scalar, right: Scalar) -> bool:
+    if isinstance(left, Node) and isinstance(right, Node):
+        return view.vn(left) == view.vn(right)
+    return left == right
+
+
+def _opposite(view: View, low: Scalar, high: Scalar) -> bool:
+    """low is -high."""
+    if isinstance(low, Node) and isinstance(high, Node):
+        return d.name(low) == "neg" and view.vn(d.unary(low)) == view.vn(high)
+    return not isinstance(low, Node) and not isinstance(high, Node) and low == -high
+
+
+def _tighter(old: Scalar, new: Any, pick: Callable[[float, float], float]) -> Scalar | None:
+    """The bound that both make; None where one is symbolic and the other does not vanish."""
+    if new is None:
+        return old
+    number = d.constant(new)
+    if number is not None and not isinstance(old, Node):
+        return pick(old, number)
+    unbounded = not isinstance(old, Node) and math.isinf(old)
+    return new if unbounded and isinstance(new, Node) and d.symbolic_scalar(new) else None
+
+
+def _clamp_of(view: View, node: Node) -> tuple[Node, Scalar, Scalar, tuple[Node, ...]]:
     """The value under clamps and their common bounds; casts in between are passed with them."""
-    low, high = -math.inf, math.inf
+    low: Scalar = -math.inf
+    high: Scalar = math.inf
     passed: list[Node] = []
     pending: list[Node] = []
     current: Any = node
@@ -167,11 +200,10 @@ def _clamp_of(view: View, node: Node) -> tuple[Node, float, float, tuple[Node, .
         lower = d.operand(current, 1, "min") if name != "clamp_max" else None
         upper = d.operand(current, 2, "max") if name == "clamp" else d.operand(current, 1, "max")
         upper = None if name == "clamp_min" else upper
-        bounds = [d.constant(b) for b in (lower, upper) if b is not None]
-        if any(b is None for b in bounds):
+        new_low, new_high = _tighter(low, lower, max), _tighter(high, upper, min)
+        if new_low is None or new_high is None:
             break
-        low = max(low, float(lower)) if lower is not None else low
-        high = min(high, float(upper)) if upper is not None else high
+        low, high = new_low, new_high
         passed += [*pending, current]
         pending = []
         current = d.unary(current)
@@ -248,7 +280,7 @@ def _factors(view: View, node: Any, depth: int = 0) -> tuple[list[Any], list[Nod
     return [node], []
 
 
-def _sigmoid_of(view: View, node: Any) -> tuple[float, Node, tuple[Node, ...]] | None:
+def _sigmoid_of(view: View, node: Any) -> tuple[Scalar, Node, tuple[Node, ...]] | None:
     """sigmoid(alpha · x) as (alpha, x, nodes below): called, 1/(1+exp(-x)), or a denominator 1+exp(-x)."""
     if not isinstance(node, Node):
         return None
@@ -272,7 +304,7 @@ def _sigmoid_of(view: View, node: Any) -> tuple[float, Node, tuple[Node, ...]] |
 
 def _with(
     found: tuple[float, Node, tuple[Node, ...]] | None, nodes: tuple[Node, ...]
-) -> tuple[float, Node, tuple[Node, ...]] | None:
+) -> tuple[Scalar, Node, tuple[Node, ...]] | None:
     return None if found is None else (found[0], found[1], (*nodes, *found[2]))
 
 
@@ -287,13 +319,18 @@ def _denominator_of(view: View, node: Any) -> tuple[float, Node, tuple[Node, ...
         if d.constant(one) == 1.0 and isinstance(inner, Node) and inner.op.startswith("call"):
             if d.name(inner) == "exp":
                 alpha, x, nodes = _scaled(d.unary(inner))
-                if alpha < 0:
+                if not isinstance(alpha, Node) and alpha < 0:
                     return -alpha, x, (node, inner, *nodes)
     return None
 
 
-def _scaled(node: Node) -> tuple[float, Node, tuple[Node, ...]]:
+def _scaled(node: Node) -> tuple[Scalar, Node, tuple[Node, ...]]:
     """c · x as (c, x, nodes)."""
+    if isinstance(node, Node) and node.op.startswith("call") and d.name(node) == "mul":
+        first, second = d.binary(node)
+        for one, other in ((first, second), (second, first)):
+            if isinstance(one, Node) and d.symbolic_scalar(one) and d.tensor(other) is not None:
+                return one, other, (node,)
     scale, nodes = 1.0, []
     while isinstance(node, Node) and node.op.startswith("call"):
         factor = algebra.constant_factor(node)

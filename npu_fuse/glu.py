@@ -21,9 +21,9 @@ from npu_fuse.view import View, static
 
 MAX_RANK = 8
 
-Merged = Callable[[Emitter, Any, bool], Any]
+Merged = Callable[[Emitter, Mapping[Node, Any], Any, bool], Any]
 """The fused op on [gate | up] (False) or [gate0, up0, gate1, …] (True)."""
-Apart = Callable[[Emitter, Any, Any], Any]
+Apart = Callable[[Emitter, Mapping[Node, Any], Any, Any], Any]
 
 
 def site_of(view: View, name: str, gate: g.Gate, merged: Merged, apart: Apart, interleaved_ok: bool,
@@ -32,7 +32,8 @@ def site_of(view: View, name: str, gate: g.Gate, merged: Merged, apart: Apart, i
     output, tail = narrowing_tail(view, gate.output)
     halves = g.halves_of(view, gate.gate, gate.up)
     allowed = {*gate.nodes, *tail, *(halves.nodes if halves else ())}
-    inputs = (halves.source,) if halves else tuple(dict.fromkeys((gate.gate, gate.up)))
+    tensors = (halves.source,) if halves else (gate.gate, gate.up)
+    inputs = tuple(dict.fromkeys((*tensors, *gate.scalars)))
     found = algebra.between(view, [output], inputs, lambda n: n in allowed or d.name(n) == "cast")
     if found.stopped is not None:
         stopped = d.name(found.stopped) or found.stopped.op
@@ -56,7 +57,7 @@ def site_of(view: View, name: str, gate: g.Gate, merged: Merged, apart: Apart, i
             )
     params = {"halves": halves.arrange if halves else "two tensors"}
     if not gate.plain:
-        params |= {"alpha": f"{gate.alpha:g}", "limit": f"{gate.limit:g}", "bias": f"{gate.bias:g}"}
+        params |= {"alpha": str(gate.alpha), "limit": str(gate.limit), "bias": f"{gate.bias:g}"}
     return Site(name, output, inputs, found.nodes, tuple(forms), gate.output, params, twins=found.twins,
                 facts={"kept": 1, "halves": halves, "gate": gate})  # fmt: skip
 
@@ -79,7 +80,7 @@ def _merged_form(
         elif interleaved and not interleaved_ok:
             value = e.call(torch.cat, (_strided(e, value, 0), _strided(e, value, 1)), -1)
             interleaved = False
-        return e.cast(merged(e, value, interleaved), result)
+        return e.cast(merged(e, env, value, interleaved), result)
 
     return emit
 
@@ -90,7 +91,7 @@ def _strided(e: Emitter, value: Any, start: int) -> Any:
 
 def _apart_form(gate: g.Gate, apart: Apart, width: torch.dtype, result: torch.dtype) -> Emit:
     def emit(e: Emitter, env: Mapping[Node, Any]) -> Any:
-        return e.cast(apart(e, e.cast(env[gate.gate], width), e.cast(env[gate.up], width)), result)
+        return e.cast(apart(e, env, e.cast(env[gate.gate], width), e.cast(env[gate.up], width)), result)
 
     return emit
 
@@ -98,7 +99,7 @@ def _apart_form(gate: g.Gate, apart: Apart, width: torch.dtype, result: torch.dt
 def _cat_form(gate: g.Gate, merged: Merged, width: torch.dtype, result: torch.dtype) -> Emit:
     def emit(e: Emitter, env: Mapping[Node, Any]) -> Any:
         both = e.call(torch.cat, (e.cast(env[gate.gate], width), e.cast(env[gate.up], width)), -1)
-        return e.cast(merged(e, both, False), result)
+        return e.cast(merged(e, env, both, False), result)
 
     return emit
 

@@ -55,7 +55,7 @@ PROBES = (
     Probe((2, 3, 2, 2), scale=3.0, weights=1e3, scalar=1e-2, judge_accuracy=False),
     Probe((3, 4, 2, 2), scale=1.0, scalar=0.5, special="strided"),
     Probe((2, 4, 2, 2), scale=30.0, special="zero_rows"),
-    Probe((2, 4, 3, 2), scale=1.0, weights=1e-2),
+    Probe((2, 4, 3, 2), scale=1.0, weights=1e-2, scalar=1.5),
     Probe((2, 3, 2, 2), special="nonfinite", judge_accuracy=False),
     Probe((2, 3, 2, 2), scale=1e6, judge_accuracy=False),
 )
@@ -217,7 +217,7 @@ def _make_inputs(site: Site, probe: Probe, sizes: Sizes, generator: torch.Genera
     for node in site.inputs:
         found = d.tensor(node)
         if found is None:
-            made[node] = _scalar(node, probe, sizes)
+            made[node] = _scalar(node, probe, sizes, len(made))
             continue
         shape = shapes[node]
         is_weight = torch.Size(shape).numel() < largest
@@ -225,11 +225,12 @@ def _make_inputs(site: Site, probe: Probe, sizes: Sizes, generator: torch.Genera
     return made
 
 
-def _scalar(node: Node, probe: Probe, sizes: Sizes) -> Any:
+def _scalar(node: Node, probe: Probe, sizes: Sizes, index: int) -> Any:
+    """Different for each scalar of the site, so that one is not taken for another."""
     found = d.value(node)
     if isinstance(found, torch.SymInt):
         return sizes.evaluate(found.node.expr)
-    return probe.scalar if isinstance(found, torch.SymFloat) else found
+    return probe.scalar * (1 + 3 * index) if isinstance(found, torch.SymFloat) else found
 
 
 def _values(shape: tuple[int, ...], dtype: torch.dtype, probe: Probe, weight: bool, generator: Any) -> torch.Tensor:

@@ -160,10 +160,10 @@ def put_in(gm: GraphModule, view: View, candidates: Sequence[Candidate], target:
         elif result.refused:
             candidate.refuse(Status.REFUSED_BY_PROOF, "interface", f"same interface: {result.refused}")
         else:
-            key = ("after", id(candidate.proof), *[n.target for n in result.made])
-            if key not in known:
-                known[key] = costs.after(result.made, candidate.site)
-            candidate.after = known[key]
+            form = ("after", id(candidate.proof), *[n.target for n in result.made])
+            if form not in known:
+                known[form] = costs.after(result.made, candidate.site)
+            candidate.after = known[form]
 
 
 def _fake_mode(view: View) -> Any:

@@ -7,9 +7,11 @@ rounding. Semantics: torch_npu's document of npu_clipped_swiglu and aclnnClipped
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
+from torch.fx import Node
 
 from npu_fuse import dialect as d
 from npu_fuse import gates as g
@@ -114,28 +116,41 @@ ops.differentiable("clipped_swiglu_apart", _backward_apart, _setup_apart)
 
 
 def recognise(view: View) -> list[Site | Miss]:
-    found: list[Site | Miss] = []
-    for gate in g.gates(view):
-        if isinstance(gate, tuple) or gate.kind != g.SILU or gate.plain:
-            continue
-        settings = {"alpha": gate.alpha, "limit": gate.limit, "bias": gate.bias}
+    return [
+        glu.site_of(view, NAME, gate, *_calls(gate), interleaved_ok=True, key=_key(gate))
+        for gate in g.gates(view)
+        if isinstance(gate, g.Gate) and gate.kind == g.SILU and not gate.plain
+    ]
 
-        output = d.tensor(gate.output)
-        trained = output is not None and output.requires_grad
 
-        def merged(
-            e: Emitter, value: Any, interleaved: bool, settings: dict[str, float] = settings, trained: bool = trained
-        ) -> Any:
-            if trained:
-                return e.fused("clipped_swiglu", value, *settings.values(), interleaved)
-            return e.fused("npu_clipped_swiglu", e.dense(value), dim=-1, **settings, interleaved=interleaved)
+def _calls(gate: g.Gate) -> tuple[glu.Merged, glu.Apart]:
+    """alpha and limit are symbolic where Dynamo made them so, and are passed on as they are."""
 
-        def apart(e: Emitter, left: Any, right: Any, settings: dict[str, float] = settings) -> Any:
-            return e.fused("clipped_swiglu_apart", left, right, *settings.values())
+    def settings(env: Mapping[Node, Any]) -> list[Any]:
+        return [env[v] if isinstance(v, Node) else v for v in (gate.alpha, gate.limit, gate.bias)]
 
-        key = (*settings.values(), trained)
-        found.append(glu.site_of(view, NAME, gate, merged, apart, interleaved_ok=True, key=key))
-    return found
+    def merged(e: Emitter, env: Mapping[Node, Any], value: Any, interleaved: bool) -> Any:
+        alpha, limit, bias = settings(env)
+        if _trained_site(gate):
+            return e.fused("clipped_swiglu", value, alpha, limit, bias, interleaved)
+        return e.fused(
+            "npu_clipped_swiglu", e.dense(value), dim=-1, alpha=alpha, limit=limit, bias=bias, interleaved=interleaved
+        )
+
+    def apart(e: Emitter, env: Mapping[Node, Any], left: Any, right: Any) -> Any:
+        return e.fused("clipped_swiglu_apart", left, right, *settings(env))
+
+    return merged, apart
+
+
+def _trained_site(gate: g.Gate) -> bool:
+    output = d.tensor(gate.output)
+    return output is not None and output.requires_grad
+
+
+def _key(gate: g.Gate) -> tuple[Any, ...]:
+    settings = ("symbol" if isinstance(v, Node) else v for v in (gate.alpha, gate.limit, gate.bias))
+    return (*settings, _trained_site(gate))
 
 
 NO_BACKWARD = "npu_clipped_swiglu has no backward in torch_npu: gradients would be lost silently"

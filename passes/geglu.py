@@ -7,9 +7,11 @@ x [..., 2·I]; approximate 1 is tanh, 0 is erf; activate_left=True gates the fir
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import torch
+from torch.fx import Node
 
 from npu_fuse import gates as g
 from npu_fuse import glu, ops
@@ -115,15 +117,18 @@ def recognise(view: View) -> list[Site | Miss]:
             found.append(Miss(NAME, gate.output, "geglu.clamp", "the gate is clamped or scaled, the op does neither"))
             continue
         approximate = 1 if gate.kind == g.GELU_TANH else 0
-
-        def merged(e: Emitter, value: Any, interleaved: bool, approximate: int = approximate) -> Any:
-            return item(e, e.fused("npu_geglu", value, -1, approximate, True), 0)
-
-        def apart(e: Emitter, left: Any, right: Any, approximate: int = approximate) -> Any:
-            return e.fused("geglu_apart", left, right, approximate)
-
-        found.append(glu.site_of(view, NAME, gate, merged, apart, interleaved_ok=False, key=(approximate,)))
+        found.append(glu.site_of(view, NAME, gate, *_calls(approximate), interleaved_ok=False, key=(approximate,)))
     return found
+
+
+def _calls(approximate: int) -> tuple[glu.Merged, glu.Apart]:
+    def merged(e: Emitter, env: Mapping[Node, Any], value: Any, interleaved: bool) -> Any:
+        return item(e, e.fused("npu_geglu", value, -1, approximate, True), 0)
+
+    def apart(e: Emitter, env: Mapping[Node, Any], left: Any, right: Any) -> Any:
+        return e.fused("geglu_apart", left, right, approximate)
+
+    return merged, apart
 
 
 NO_BACKWARD = "npu_geglu_grad has a broken meta kernel in torch_npu 2.13: it cannot be traced for training"

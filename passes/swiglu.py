@@ -8,9 +8,11 @@ without the concatenation, for hand-offs that generate code.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
+from torch.fx import Node
 
 from npu_fuse import gates as g
 from npu_fuse import glu, ops
@@ -78,11 +80,11 @@ def recognise(view: View) -> list[Site | Miss]:
     return found
 
 
-def _merged(e: Emitter, value: Any, interleaved: bool) -> Any:
+def _merged(e: Emitter, env: Mapping[Node, Any], value: Any, interleaved: bool) -> Any:
     return e.fused("npu_swiglu", value, -1)
 
 
-def _call_apart(e: Emitter, gate: Any, up: Any) -> Any:
+def _call_apart(e: Emitter, env: Mapping[Node, Any], gate: Any, up: Any) -> Any:
     return e.fused("swiglu_apart", gate, up)
 
 
