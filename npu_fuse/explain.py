@@ -89,7 +89,10 @@ def explain(
         graphs.append(replace(found, graph_id=len(graphs)))
         return unchanged.forward
 
-    with model_untouched(called, (args, kwargs)), dynamo_untouched(capture_only), mode_for(called, train):
+    # With symbolic sizes Dynamo makes epsilon symbolic too, AOTAutograd asks for it as a constant once it sees
+    # it given to an op, and Dynamo traces again. There is no AOTAutograd here: take the constant at once.
+    constants = torch._dynamo.config.patch(specialize_float=True)
+    with constants, model_untouched(called, (args, kwargs)), dynamo_untouched(capture_only), mode_for(called, train):
         compiled = torch.compile(_wrapper(called), backend=capture_only, dynamic=dynamic, **_isolated())
         with stops.collecting():
             try:
