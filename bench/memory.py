@@ -5,7 +5,7 @@
 
 The compiled model runs once under `saved_tensors_hooks`: each distinct storage that autograd is handed
 counts once; parameters, buffers and inputs do not count. Bytes a layer are the difference between a model
-of three layers and one of one layer, halved.
+of three layers and one of two, so that what all layers share does not count.
 """
 
 from __future__ import annotations
@@ -43,18 +43,18 @@ def main(
         plain = per_layer(name, handoff, mode, checkpoint == "yes", width, tokens, fuse=False)
         fused = per_layer(name, handoff, mode, checkpoint == "yes", width, tokens, fuse=True)
         rows.append({**setting, "plain": plain, "fused": fused, "met": fused <= plain})
-        common.note(f"{' '.join(str(v) for v in setting.values())}: {plain:,.0f} -> {fused:,.0f} bytes a layer")
+        common.note(f"{' '.join(str(v) for v in setting.values())}: {plain:,} -> {fused:,} bytes a layer")
     result = {"machine": common.machine(), "width": width, "tokens": 2 * tokens, "rows": rows}
     common.show(result, [_table(rows)], as_json)
 
 
-def per_layer(name: str, handoff: str, mode: str, checkpoint: bool, width: int, tokens: int, fuse: bool) -> float:
+def per_layer(name: str, handoff: str, mode: str, checkpoint: bool, width: int, tokens: int, fuse: bool) -> int:
     """Bytes kept for backward by one more layer."""
-    one, three = (
+    two, three = (
         kept_bytes(compiled_step(name, layers, handoff, mode, checkpoint, width, fuse), common.words(2, tokens))
-        for layers in (1, 3)
+        for layers in (2, 3)
     )
-    return (three - one) / 2
+    return three - two
 
 
 class Step:
@@ -107,7 +107,7 @@ def _table(rows: list[dict[str, Any]]) -> Table:
         table.add_column(column, justify="right" if column in ("plain", "npu_fuse", "ratio") else "left")
     for row in rows:
         ratio = f"{row['fused'] / row['plain']:.3f}" if row["plain"] else "-"
-        sizes = (f"{row['plain']:,.0f}", f"{row['fused']:,.0f}", ratio)
+        sizes = (f"{row['plain']:,}", f"{row['fused']:,}", ratio)
         where = (row["model"], row["handoff"], row["mode"], "yes" if row["checkpoint"] else "no")
         table.add_row(*where, *sizes, common.mark(row["met"]))
     return table
