@@ -37,7 +37,10 @@ def main(
     torch.set_num_threads(1)
     rows = []
     for name, handoff, mode, checkpoint in itertools.product(
-        models or common.ARCHITECTURES, handoffs or ("aot_eager", "inductor"), modes or MODES, checkpoints or ("no", "yes")
+        models or common.ARCHITECTURES,
+        handoffs or ("aot_eager", "inductor"),
+        modes or MODES,
+        checkpoints or ("no", "yes"),
     ):
         setting = {"model": name, "handoff": handoff, "mode": mode, "checkpoint": checkpoint == "yes"}
         plain = per_layer(name, handoff, mode, checkpoint == "yes", width, tokens, fuse=False)
@@ -78,7 +81,10 @@ def compiled_step(name: str, layers: int, handoff: str, mode: str, checkpoint: b
     if checkpoint:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     options = {"target": "reference", "handoff": handoff}
-    compiled = torch.compile(model, backend="npu_fuse", options=options) if fuse else torch.compile(model, backend=handoff)
+    if fuse:
+        compiled = torch.compile(model, backend="npu_fuse", options=options)
+    else:
+        compiled = torch.compile(model, backend=handoff)
     return Step(model, compiled, mode == "autocast")
 
 

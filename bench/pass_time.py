@@ -123,7 +123,8 @@ def _own_cpu() -> Iterator[list[float]]:
 
 def _model_table(result: dict[str, Any], layers: int) -> Table:
     table = Table(title=f"First call of a {layers}-layer Qwen3, CPU seconds (wall clock in brackets)")
-    for name in ("mode", "nodes", "sites", "aot_eager", "cold: own", "share", "call", "", "warm: own", "share", "call", ""):
+    cold_and_warm = [column for state in ("cold", "warm") for column in (f"{state}: own", "share", "call", "")]
+    for name in ("mode", "nodes", "sites", "aot_eager", *cold_and_warm):
         table.add_column(name, justify="right" if name else "left")
     for mode, facts in result.items():
         row = [mode, str(facts["nodes"]), str(facts["sites"]), f"{facts['plain_cpu']:.2f} ({facts['plain_wall']:.2f})"]

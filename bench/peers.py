@@ -105,7 +105,8 @@ def by_patterns(name: str, mode_name: str) -> dict[str, int]:
         return call
 
     torch._dynamo.reset()
-    model = torch.compile(built.model, backend=aot_autograd(fw_compiler=compile_graph, decompositions=select_decomp_table()))
+    backend = aot_autograd(fw_compiler=compile_graph, decompositions=select_decomp_table())
+    model = torch.compile(built.model, backend=backend)
     measure.run(model, built, mode)
     calls[:] = [0] * len(calls)
     measure.run(model, built, mode)

@@ -107,7 +107,7 @@ def gate_of(view: View, product: Node) -> Gate | tuple[Node, str] | None:
 def _mixed(view: View, product: Node) -> Gate | tuple[Node, str] | None:
     """a · (sigmoid(a) · u) and (a · u) · sigmoid(a): three factors, one the sigmoid of another."""
     factors, nodes = _factors(view, product)
-    if len(factors) != 3:
+    if len(factors) != 3 or any(isinstance(factor, float) for factor in factors):
         return None
     for node in factors:
         sigmoid = _sigmoid_of(view, node)
@@ -149,11 +149,13 @@ def _bias_of(view: View, node: Node) -> tuple[float, Node, tuple[Node, ...]]:
     while isinstance(current, Node) and current.op.startswith("call") and d.name(current) == "cast":
         passed.append(current)
         current = current.args[0]
-    if isinstance(current, Node) and current.op.startswith("call") and d.name(current) == "add":
+    name = d.name(current) if isinstance(current, Node) and current.op.startswith("call") else ""
+    if name in ("add", "sub"):
         first, second = d.binary(current)
-        for value, number in ((first, d.constant(second)), (second, d.constant(first))):
+        known = [(first, d.constant(second)), (second, d.constant(first))]
+        for value, number in known if name == "add" else known[:1]:
             if number is not None and isinstance(value, Node) and d.constant(current.kwargs.get("alpha", 1)) == 1.0:
-                return number, value, (*passed, current)
+                return (number if name == "add" else -number), value, (*passed, current)
     return 0.0, node, ()
 
 

@@ -19,7 +19,6 @@ from npu_fuse.option_checks import check_mode
 from npu_fuse.options import Options
 from npu_fuse.targets import Target
 
-
 SAFE_OPTIONS: dict[str, dict[str, Any]] = {"npugraph_ex": {"inplace_pass": False}}
 """What a hand-off must be told, unless the user says otherwise.
 
