@@ -84,9 +84,16 @@ struct Step {
 
 struct Recording {
   std::vector<Step> steps;
-  std::map<void*, std::vector<char>> before;                // bytes that the capture must not have changed
-  std::vector<std::pair<void*, size_t>> fresh;              // floating-point results made during the capture
+  std::vector<std::pair<void*, std::vector<char>>> before;  // what lay where the capture wrote, in order
+  std::set<std::pair<void*, size_t>> kept;
   std::string problem;
+
+  // Results may lie where an input of the capture lay: torch frees its inputs while it captures.
+  void keep(void* memory, size_t bytes) {
+    if (memory == nullptr || bytes == 0 || !kept.insert({memory, bytes}).second) return;
+    const char* from = static_cast<const char*>(memory);
+    before.emplace_back(memory, std::vector<char>(from, from + bytes));
+  }
 };
 
 Recording* recording = nullptr;
@@ -196,7 +203,6 @@ struct Call {
     if (recording != nullptr) {
       Aliases own;
       results.push_back(own.host(device));
-      if (made.is_floating_point()) recording->fresh.emplace_back(device.storage().mutable_data(), bytes);
     }
     return device;
   }
@@ -231,11 +237,7 @@ void protect_arguments(const c10::FunctionSchema& schema, const Stack& arguments
     if (info == nullptr || !info->isWrite()) continue;
     std::vector<at::Tensor> written;
     flatten(arguments[i], written);
-    for (const at::Tensor& t : written) {
-      char* memory = static_cast<char*>(t.storage().mutable_data());
-      if (memory == nullptr || recording->before.count(memory)) continue;
-      recording->before.emplace(memory, std::vector<char>(memory, memory + t.storage().nbytes()));
-    }
+    for (const at::Tensor& t : written) recording->keep(t.storage().mutable_data(), t.storage().nbytes());
   }
 }
 
@@ -311,6 +313,7 @@ std::unordered_map<std::string, c10::SafeKernelFunction> allocators;
 void allocate(const OperatorHandle& op, c10::DispatchKeySet keys, Stack* stack) {
   allocators.at(toString(op.operator_name())).callBoxed(op, keys, stack);
   const at::Tensor& made = stack->back().toTensor();
+  if (recording != nullptr) recording->keep(made.storage().mutable_data(), span(made));
   if ((made.is_floating_point() || made.is_complex()) && span(made))
     std::memset(made.storage().mutable_data(), 0xFF, span(made));
 }
@@ -326,10 +329,10 @@ void* begin_recording() { return recording = new Recording(); }
 void end_recording(void* handle) {
   auto* done = static_cast<Recording*>(handle);
   recording = nullptr;
-  for (const auto& [memory, bytes] : done->before) std::memcpy(memory, bytes.data(), bytes.size());
+  for (auto kept = done->before.rbegin(); kept != done->before.rend(); ++kept)
+    std::memcpy(kept->first, kept->second.data(), kept->second.size());
   done->before.clear();
-  for (const auto& [memory, bytes] : done->fresh) std::memset(memory, 0xFF, bytes);
-  done->fresh.clear();
+  done->kept.clear();
 }
 
 const char* replay_recording(void* handle) {
