@@ -52,9 +52,7 @@ def only(code):
 def install_torch_npu(monkeypatch, tmp_path, version, loaded=False, **npu):
     """Metadata and an importable module that fails if anyone imports it."""
     (tmp_path / f"torch_npu-{version}.dist-info").mkdir()
-    (tmp_path / f"torch_npu-{version}.dist-info" / "METADATA").write_text(
-        f"Name: torch_npu\nVersion: {version}\n"
-    )
+    (tmp_path / f"torch_npu-{version}.dist-info" / "METADATA").write_text(f"Name: torch_npu\nVersion: {version}\n")
     (tmp_path / "torch_npu.py").write_text("raise RuntimeError('doctor must not import this')\n")
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.delitem(sys.modules, "torch_npu")

@@ -308,9 +308,7 @@ def tag_in_new_process(root, seed):
         "print(Options(handoff='inductor', handoff_options={'b': {'x', 'y', 'z'}, 'a': 1}).cache_tag())"
     )
     env = dict(os.environ, PYTHONPATH=str(root), PYTHONHASHSEED=str(seed))
-    done = subprocess.run(
-        [sys.executable, "-c", code], env=env, cwd=root, text=True, check=True, capture_output=True
-    )
+    done = subprocess.run([sys.executable, "-c", code], env=env, cwd=root, text=True, check=True, capture_output=True)
     file, tag = done.stdout.split()
     assert Path(file).is_relative_to(root)
     return tag

@@ -17,9 +17,7 @@ ROOT = Path(__file__).parent.parent
 
 
 def run(code, cwd, *flags):
-    done = subprocess.run(
-        [sys.executable, *flags, "-c", code], cwd=cwd, text=True, capture_output=True, check=False
-    )
+    done = subprocess.run([sys.executable, *flags, "-c", code], cwd=cwd, text=True, capture_output=True, check=False)
     return done.returncode, done.stdout, done.stderr
 
 
@@ -106,9 +104,7 @@ def test_torch_finds_the_backend_without_an_import():
     assert run(code, ROOT.parent)[:2] == (0, "True False\n")
 
 
-@pytest.mark.parametrize(
-    ("group", "name"), [("torch_dynamo_backends", "npu_fuse"), ("console_scripts", "npu-fuse")]
-)
+@pytest.mark.parametrize(("group", "name"), [("torch_dynamo_backends", "npu_fuse"), ("console_scripts", "npu-fuse")])
 def test_entry_points_resolve(group, name):
     (entry,) = metadata.entry_points(group=group, name=name)
     pytest.importorskip(entry.module, reason="not written yet")

@@ -87,9 +87,7 @@ def test_an_index_given_is_used(place):
     index = {"NPU_FUSE_TORCH_INDEX": "https://packages.example/cpu"}
     status, _, log, _ = use_environment(place, place / "bare/bin/python", **index)
     assert status == 0
-    assert installs_of_torch(log) == [
-        "install --quiet --index-url https://packages.example/cpu torch==2.13.0"
-    ]
+    assert installs_of_torch(log) == ["install --quiet --index-url https://packages.example/cpu torch==2.13.0"]
 
 
 def test_a_torch_that_does_not_fit_stops_the_script(place):
