@@ -44,8 +44,6 @@ def npu_rms_norm(x: torch.Tensor, gamma: torch.Tensor, epsilon: float = 1e-6) ->
     wide = x.contiguous().float()
     if wide.numel() == 0:
         return wide.to(x.dtype), wide.new_empty((*x.shape[: x.dim() - axes], *[1] * axes))
-    if family() == "310P":
-        check("npu_rms_norm", bool(torch.isfinite(wide).all()), "x holds Inf or NaN")
     rstd = _rstd(wide, axes, epsilon)
     return (wide * rstd * gamma.float()).to(x.dtype), rstd
 
