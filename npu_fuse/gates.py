@@ -79,7 +79,9 @@ def gates(view: View) -> list[Gate | tuple[Node, str]]:
         found: list[Gate | tuple[Node, str]] = []
         taken: set[Node] = set()
         for node in view.nodes:
-            if node.op.startswith("call") and d.name(node) == "mul" and node not in view.claimed and node not in taken:
+            if not node.op.startswith("call") or node in view.claimed or node in taken:
+                continue
+            if d.name(node) in ("mul", "div"):
                 gate = gate_of(view, node)
                 if gate is not None:
                     found.append(gate)
@@ -97,7 +99,7 @@ def gate_of(view: View, product: Node) -> Gate | tuple[Node, str] | None:
         return None
     if not same_shape(left.shape, right.shape) or left.dim() < 1:
         return None
-    for gated, up in ((first, second), (second, first)):
+    for gated, up in ((first, second), (second, first)) if d.name(product) == "mul" else ():
         found = activation_of(view, gated)
         if found is not None and view.vn(found.x) != view.vn(up):
             return _finished(view, product, found, up)
@@ -105,7 +107,7 @@ def gate_of(view: View, product: Node) -> Gate | tuple[Node, str] | None:
 
 
 def _mixed(view: View, product: Node) -> Gate | tuple[Node, str] | None:
-    """a · (sigmoid(a) · u) and (a · u) · sigmoid(a): three factors, one the sigmoid of another."""
+    """a · (sigmoid(a) · u), (a · u) · sigmoid(a), a · u / (1 + exp(-a)): three factors, one the sigmoid of another."""
     factors, nodes = _factors(view, product)
     if len(factors) != 3 or any(isinstance(factor, float) for factor in factors):
         return None
@@ -297,8 +299,8 @@ def _sigmoid_of(view: View, node: Any) -> tuple[Scalar, Node, tuple[Node, ...]] 
     if name == "sigmoid":
         alpha, x, nodes = _scaled(d.unary(current))
         return alpha, x, (*passed, current, *nodes)
-    if name == "reciprocal":
-        return _with(_denominator_of(view, d.unary(current)), (*passed, current))
+    if name == "reciprocal" or (name == "pow" and d.constant(d.binary(current)[1]) == -1.0):
+        return _with(_denominator_of(view, d.binary(current)[0]), (*passed, current))
     if name == "div" and d.constant(d.binary(current)[0]) == 1.0:
         return _with(_denominator_of(view, d.binary(current)[1]), (*passed, current))
     return _with(_denominator_of(view, current), tuple(passed))
