@@ -168,9 +168,9 @@ def test_dynamo_off_by_environment(monkeypatch, variable):
     assert only("dynamo")[0] == "ok"
 
 
-def test_dynamo_off_by_config(monkeypatch):
-    monkeypatch.setattr(torch._dynamo.config, "disable", True)
-    assert only("dynamo")[0] == "error"
+def test_dynamo_off_by_config():
+    with torch._dynamo.config.patch(disable=True):  # monkeypatch would hide the setting afterwards
+        assert only("dynamo")[0] == "error"
 
 
 def test_dynamo_off_by_stance():
@@ -188,9 +188,9 @@ def test_torch_compile_replaced(monkeypatch):
     assert level == "error" and "dummy_compile" in text and "torch._dynamo.optimize" in text
 
 
-def test_errors_suppressed(monkeypatch):
-    monkeypatch.setattr(torch._dynamo.config, "suppress_errors", True)
-    assert only("dynamo")[0] == "warning"
+def test_errors_suppressed():
+    with torch._dynamo.config.patch(suppress_errors=True):
+        assert only("dynamo")[0] == "warning"
 
 
 def test_task_queue(monkeypatch, tmp_path):

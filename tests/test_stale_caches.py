@@ -35,8 +35,8 @@ print(json.dumps({
     "close": bool(torch.allclose(y, norm(x, w))),
 }))
 """
-FORMULA = "torch.rsqrt(wide.pow(2).mean(dims, keepdim=True) + epsilon)"
-ANOTHER = "1.0 / torch.sqrt(wide.pow(2).mean(dims, keepdim=True) + epsilon)"
+FORMULA = "return torch.rsqrt(wide.pow(2).mean("
+ANOTHER = "return 1.0 / torch.sqrt(wide.pow(2).mean("
 
 
 @pytest.fixture(scope="module")
