@@ -216,8 +216,8 @@ def constant(arg: Any) -> float | None:
 
 
 def symbolic_scalar(arg: Any) -> bool:
-    """A node that stands for a Python number: an `item` of a 0-d tensor, a size."""
-    return isinstance(arg, Node) and isinstance(value(arg), (torch.SymFloat, torch.SymInt, int, float))
+    """A node that stands for a Python number or for sizes: an `item` of a 0-d tensor, a `size`."""
+    return isinstance(arg, Node) and isinstance(value(arg), (torch.SymFloat, torch.SymInt, int, float, torch.Size))
 
 
 def computed_scalar(node: Node) -> bool:
