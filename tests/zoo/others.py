@@ -31,7 +31,7 @@ from .reduce import merge, reduced
 
 PREFIX = "model:"
 NOT_BUILT = Path(__file__).with_name("not_built.json")
-FRAMES, SAMPLES, VIDEO, GRID = 64, 3200, 2, 4
+FRAMES, SAMPLES, VIDEO, GRID = 64, 3840, 2, 4
 
 
 def candidates() -> list[str]:
@@ -75,8 +75,8 @@ def _first_that_runs(model: nn.Module, cfg: Any, seed: int) -> dict[str, Any]:
     for layout, names in _ways(model, cfg):
         rng = torch.Generator().manual_seed(seed)
         inputs = {key: MAKERS[key](cfg, rng, layout) for key in names}
-        if "pixel_values" in inputs and "grid_thw" in inputs:
-            inputs["pixel_values"] = _patches(cfg, rng, layout)
+        if "pixel_values" in inputs and {"grid_thw", "image_grid_thw", "pixel_position_ids"} & set(inputs):
+            inputs["pixel_values"] = _patches_like(cfg, _patches(cfg, rng, layout), inputs, layout)
         if "use_cache" in inspect.signature(model.forward).parameters:
             inputs["use_cache"] = False
         try:
@@ -133,6 +133,20 @@ def _patches(cfg: Any, rng: torch.Generator, layout: int) -> Tensor:
     width = _first(cfg, "num_channels in_channels in_chans", 3) * patch * patch
     width *= _first(cfg, "temporal_patch_size", 1)
     return torch.randn(models.BATCH * GRID * GRID, width, generator=rng)
+
+
+def _patches_like(cfg: Any, patches: Tensor, inputs: dict[str, Any], layout: int) -> Tensor:
+    """Patches as a tower takes them: flat, one image a row, or as small images (channels first or last)."""
+    if "pixel_position_ids" in inputs:
+        return patches.reshape(models.BATCH, GRID * GRID, -1)
+    side = _first(cfg, "patch_size", 8)
+    if layout == 1:
+        return patches.reshape(patches.shape[0], -1, side, side)
+    if layout == 2:
+        side *= _first(cfg, "spatial_merge_size", 1)
+        channels = _first(cfg, "num_channels in_channels in_chans", 3)
+        return patches[:, :1].expand(-1, side * side * channels).reshape(-1, side, side, channels)
+    return patches
 
 
 def _grid(cfg: Any, rng: torch.Generator, layout: int) -> Tensor:
@@ -205,6 +219,7 @@ MAKERS: dict[str, Callable[[Any, torch.Generator, int], Any]] = {
     "hidden_states": _embeddings,
     "embeddings": _embeddings,
     "grid_thw": _grid,
+    "image_grid_thw": _grid,
     "pixel_position_ids": _positions_2d,
     "past_values": _series,
 }

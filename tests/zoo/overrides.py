@@ -43,6 +43,15 @@ _ASSISTANT = {
     "layer_types": _LOCAL_GLOBAL,
 }
 
+_CODEC = {
+    "num_filters": 8,
+    "upsample_groups": 64,
+    "codebook_size": 64,
+    "codebook_dim": 16,
+    "vector_quantization_hidden_dimension": 16,
+}
+_GLM_ROPE = _mrope([2, 3, 3], partial_rotary_factor=1.0)
+
 # Arguments without which the configuration class cannot even be built with its defaults.
 DEFAULTS: dict[str, Kwargs] = {
     "gemma4_assistant": {"text_config": {"model_type": "gemma4_text", **_ASSISTANT}},
@@ -162,6 +171,28 @@ CONFIG: dict[str, Kwargs] = {
     "itt:qwen2_5_vl": _mrope([2, 3, 3]),
     "itt:qwen2_vl": _mrope([2, 3, 3]),
     "itt:step3p7": {"text_config": {"sliding_window": 8}},
+}
+# Encoders, encoder-decoders, towers.
+CONFIG |= {
+    "model:autoformer": {"prediction_length": 8},
+    "model:csm": {"codec_config": _CODEC, "codebook_pad_token_id": 3},
+    "model:esm": {"vocab_size": 128, "mask_token_id": 3},
+    "model:glm_image": _GLM_ROPE,
+    "model:glm_image_text": _GLM_ROPE["text_config"],
+    "model:gradium_phonon_tts": {"flow_head_config": {"condition_dim": 64}},
+    "model:informer": {"prediction_length": 8},
+    "model:kyutai_speech_to_text": {
+        "codec_config": _CODEC,
+        "audio_pad_token_id": 4,
+        "audio_bos_token_id": 5,
+        "codebook_vocab_size": 64,
+        "num_codebooks": 2,
+    },
+    "model:mimi": _CODEC,
+    "model:mimi_decoder": _CODEC,
+    "model:mimi_encoder": _CODEC,
+    "model:moonshine_streaming": {"encoder_config": {"hidden_size": 64}},
+    "model:time_series_transformer": {"prediction_length": 8},
 }
 for _name in ("itt:glm46v", "itt:glmga"):
     CONFIG[_name]["text_config"]["model_type"] = "glm4v_text"

@@ -28,7 +28,12 @@ FEW = ("llama", "gemma3_text", "gpt_oss", "glm", "youtu", "qwen3_moe", "itt:qwen
 OPEN = {
     "itt:qwen4_exp": "after a graph break Dynamo makes the rotary width symbolic: 30 of 33 rotations are missed",
 }
-CASES = [("bf16", name) for name in QUARTER] + [(mode, name) for mode in OTHER_MODES for name in FEW]
+FIRST = 24  # of the quarter in every run; the others, and the other modes, are marked slow
+CASES = [
+    *(("bf16", name) for name in QUARTER[:FIRST]),
+    *(pytest.param("bf16", name, marks=pytest.mark.slow) for name in QUARTER[FIRST:]),
+    *(pytest.param(mode, name, marks=pytest.mark.slow) for mode in OTHER_MODES for name in FEW),
+]
 
 
 @pytest.fixture(autouse=True)

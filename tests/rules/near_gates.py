@@ -1,0 +1,128 @@
+# ruff: noqa: E501 - a program is a line of its table
+"""Near misses of gated MLPs: each differs from one in one thing, and none may change a result."""
+
+from __future__ import annotations
+
+from .near import Near, table
+from .parts_gates import INPUTS
+
+S = "p = t[..., :12]; q = t[..., 12:]; "
+ANY = ("swiglu", "geglu", "clipped_swiglu")
+SWIGLU, GEGLU, CLIPPED = ANY[:1], ANY[1:2], ANY[2:]
+
+NEAR_MISSES: tuple[Near, ...] = table(
+    INPUTS,
+    {
+        # --- which halves
+        "overlapping slices": ("p = t[..., :12]; q = t[..., 11:23]\nF.silu(p) * q", "", SWIGLU),
+        "the same half": ("p = t[..., :12]; q = t[..., :12]\nF.silu(p) * q",),
+        "outer thirds": ("p, m, q = t.chunk(3, -1)\nF.silu(p) * q", "", SWIGLU),
+        "unequal strides": ("p = t[..., :12]; q = t[..., ::2]\nF.silu(p) * q", "", SWIGLU),
+        "mirrored half": ("p = t[..., :12]; q = t[..., 12:].flip(-1)\nF.silu(p) * q", "", SWIGLU),
+        "rows for features": ("p, q = t[:, :4].chunk(2, 1)\nF.silu(p) * q", "", SWIGLU),
+        "batch for features": ("p, q = t.chunk(2, 0)\nF.silu(p) * q", "", SWIGLU),
+        "halves of equal-sized other dim": ("k = t[..., :10].view(2, 5, 10)[:, :, :5]; p, q = k[:, :4].chunk(2, 1)\nF.silu(p) * q", "", SWIGLU),
+        "another row's half": ("p = t[..., :12]; q = t.roll(1, 1)[..., 12:]\nF.silu(p) * q", "", SWIGLU),
+        "one gate for all features": ("p = t[..., :1]; q = t[..., 12:]\nF.silu(p) * q",),
+        "one row's gate": ("p = g[:, :1]; q = u\nF.silu(p) * q",),
+        "mixed halves": ("p = torch.cat((t[..., :6], t[..., 18:]), -1); q = t[..., 6:18]\nF.silu(p) * q", "", SWIGLU),
+        # --- which activation
+        "sigmoid": (S + "y = torch.sigmoid(p) * q\ny",),
+        "glu": ("F.glu(t, -1)",),
+        "relu": (S + "y = F.relu(p) * q\ny",),
+        "relu squared": (S + "y = F.relu(p).square() * q\ny",),
+        "hardswish": (S + "y = F.hardswish(p) * q\ny",),
+        "mish": (S + "y = F.mish(p) * q\ny",),
+        "tanh": (S + "y = torch.tanh(p) * q\ny",),
+        "softplus": (S + "y = F.softplus(p) * q\ny",),
+        "quick gelu": (S + "y = p * torch.sigmoid(1.702 * p) * q\ny", "", CLIPPED),
+        "sigmoid of the other half": (S + "y = p * torch.sigmoid(q)\ny",),
+        "sigmoid of both": (S + "y = p * torch.sigmoid(p) * torch.sigmoid(q)\ny", "", SWIGLU),
+        "sigmoid of a sum": (S + "y = p * torch.sigmoid(p + q) * q\ny",),
+        "sigmoid shifted": (S + "y = p * torch.sigmoid(p + 1) * q\ny",),
+        "sigmoid of minus": (S + "y = p * torch.sigmoid(-p) * q\ny", "", CLIPPED),
+        "silu squared": (S + "y = F.silu(p) ** 2 * q\ny",),
+        "silu of silu": (S + "y = F.silu(F.silu(p)) * q\ny", "", SWIGLU),
+        "p twice": (S + "y = p * p * torch.sigmoid(p)\ny", "", SWIGLU),
+        "one plus exp(p)": (S + "y = p / (1 + torch.exp(p)) * q\ny",),
+        "two plus exp(-p)": (S + "y = p / (2 + torch.exp(-p)) * q\ny",),
+        "one minus exp(-p)": (S + "y = p / (1 - torch.exp(-p)) * q\ny",),
+        "exp of another": (S + "y = p / (1 + torch.exp(-q)) * q\ny", "", SWIGLU),
+        "exp2": (S + "y = p / (1 + torch.exp2(-p)) * q\ny",),
+        "gelu tanh, another cubic": (S + "y = 0.5 * p * (1 + torch.tanh(0.7978845608 * (p + 0.0447 * p.pow(3)))) * q\ny",),
+        "gelu tanh, another scale": (S + "y = 0.5 * p * (1 + torch.tanh(0.8 * (p + 0.044715 * p.pow(3)))) * q\ny",),
+        "gelu tanh, squared": (S + "y = 0.5 * p * (1 + torch.tanh(0.7978845608 * (p + 0.044715 * p.pow(2)))) * q\ny",),
+        "gelu tanh, without the half": (S + "y = p * (1 + torch.tanh(0.7978845608 * (p + 0.044715 * p.pow(3)))) * q\ny",),
+        "gelu erf, another scale": (S + "y = 0.5 * p * (1 + torch.erf(p / 1.5)) * q\ny",),
+        "gelu erf of the other half": (S + "y = 0.5 * p * (1 + torch.erf(q / math.sqrt(2))) * q\ny",),
+        "gelu erfc": (S + "y = 0.5 * p * torch.erfc(p / math.sqrt(2)) * q\ny",),
+        "added": (S + "y = F.silu(p) + q\ny",),
+        "divided": (S + "y = F.silu(p) / q\ny",),
+        "both gated": (S + "y = F.silu(p) * F.silu(q)\ny", "", SWIGLU),
+        "gelu of both": (S + "y = F.gelu(p) * F.gelu(q)\ny", "", GEGLU),
+        "silu alone": ("F.silu(t)",),
+        "silu times itself": (S + "y = F.silu(p) * p\ny",),
+        # --- bounds
+        "gate clamped below too": (S + "y = F.silu(p.clamp(-7, 7)) * q.clamp(-7, 7)\ny", "clipped_swiglu.clamp"),
+        "gate clamped, up free": (S + "y = F.silu(p.clamp(max=7)) * q\ny", "clipped_swiglu.clamp"),
+        "up clamped, gate free": (S + "y = F.silu(p) * q.clamp(-7, 7)\ny", "", SWIGLU),
+        "unequal limits": (S + "y = F.silu(p.clamp(max=7)) * q.clamp(-6, 7)\ny", "clipped_swiglu.clamp"),
+        "unequal limits of gate and up": (S + "y = F.silu(p.clamp(max=5)) * q.clamp(-7, 7)\ny", "clipped_swiglu.clamp"),
+        "up clamped above only": (S + "y = F.silu(p.clamp(max=7)) * q.clamp(max=7)\ny", "clipped_swiglu.clamp"),
+        "clamped in the sigmoid only": (S + "y = p * torch.sigmoid(p.clamp(max=7) * 1.702) * (q.clamp(-7, 7) + 1)\ny",),
+        "clamped outside the sigmoid only": (S + "y = p.clamp(max=7) * torch.sigmoid(p * 1.702) * (q.clamp(-7, 7) + 1)\ny",),
+        "clamped after the scale": (S + "y = p * torch.sigmoid((p * 1.702).clamp(max=7)) * (q.clamp(-7, 7) + 1)\ny",),
+        "bias before the clamp": (S + "y = F.silu(p.clamp(max=7)) * (q + 1).clamp(-7, 7)\ny", "", CLIPPED),
+        "bias is data": (S + "p = p.clamp(max=7); y = p * torch.sigmoid(1.702 * p) * (q.clamp(-7, 7) + g)\ny", ""),
+        "bias scaled": (S + "p = p.clamp(max=7); y = p * torch.sigmoid(1.702 * p) * torch.add(q.clamp(-7, 7), 1, alpha=2)\ny", "", CLIPPED),
+        "up doubled": (S + "p = p.clamp(max=7); y = p * torch.sigmoid(1.702 * p) * (2 * q.clamp(-7, 7) + 1)\ny", ""),
+        "limits are tensors": (S + "m = t.new_full((), 7.0); p = torch.minimum(p, m); y = p * torch.sigmoid(1.702 * p) * (q.clamp(-7, 7) + 1)\ny", "", CLIPPED),
+        "clamps the wrong way": (S + "y = F.silu(p.clamp(-7)) * q.clamp(-7, 7)\ny", "clipped_swiglu.clamp"),
+        "gelu with clamps": (S + "y = F.gelu(p.clamp(max=7)) * q.clamp(-7, 7)\ny", "geglu.clamp"),
+    },
+)  # fmt: skip
+
+GUARDED: tuple[Near, ...] = table(
+    INPUTS,
+    {
+        "gate clamped high": (S + "y = F.silu(p.clamp(max=50)) * q\ny",),
+        "activation clamped": (S + "y = F.silu(p).clamp(max=50) * q\ny",),
+        "result clamped": (S + "y = (F.silu(p) * q).clamp(-50, 50)\ny", "", SWIGLU),
+        "activation without NaN": (S + "y = torch.nan_to_num(F.silu(p)) * q\ny",),
+        "gate masked": (S + "y = F.silu(torch.where(p.abs() < 60, p, 0)) * q\ny", "", SWIGLU),
+        "sigmoid clamped": (S + "y = p * torch.sigmoid(p).clamp(min=1e-4) * q\ny",),
+        "exp clamped": (S + "y = p / (1 + torch.exp(-p).clamp(max=1e4)) * q\ny",),
+        "float8 round trip": (S + "y = F.silu(p).to(torch.float8_e5m2).to(t.dtype) * q\ny",),
+        "half precision activation": (S + "y = F.silu(p * 3000).half().to(t.dtype) * q\ny",),
+        "half precision product": (S + "y = (F.silu(p).half() * 3000 * q.half()).to(t.dtype)\ny",),
+        "dropout in between": (S + "y = F.dropout(F.silu(p), 0.5, True) * q\ny",),
+        "rrelu": (S + "y = F.rrelu(p, training=True) * q\ny",),
+        "integers": ("p = (t[..., :12] * 4).int(); q = t[..., 12:]\nF.silu(p.to(t.dtype)) * q", "", SWIGLU),
+        "integer factor": (S + "y = F.silu(p) * q.int()\ny",),
+        "boolean factor": (S + "y = F.silu(p) * (q > 0)\ny",),
+        "complex": (S + "z = torch.complex(p.float(), q.float())\ntorch.view_as_real(z * torch.sigmoid(z) * z)",),
+        "empty": ("p, q = t[:0].chunk(2, -1)\nF.silu(p) * q", "tensor.empty"),
+        # --- gradients
+        "sigmoid detached": (S + "y = p * torch.sigmoid(p.detach()) * q\ny",),
+        "factor of the sigmoid detached": (S + "y = p.detach() * torch.sigmoid(p) * q\ny",),
+        "activation detached": (S + "y = F.silu(p).detach() * q\ny",),
+        "gate detached": (S + "y = F.silu(p.detach()) * q\ny", "", SWIGLU),
+        "up detached": (S + "y = F.silu(p) * q.detach()\ny", "", SWIGLU),
+        "activation without gradient mode": (S + "z = 0\nwith torch.no_grad():\n    h = F.silu(p)\nh * q", "", SWIGLU),
+        # --- writes
+        "gate activated in place": (S + "y = F.silu(p, inplace=True) * q\ny",),
+        "gate activated in place, from its own tensor": ("p = g.clone(); q = u; y = F.silu(p, inplace=True) * q\ny, p",),
+        "gate written in between": (S + "h = F.silu(p.clone()); t.mul_(2)\nh * q", "", ()),
+        "gate written after": (S + "y = F.silu(p.clone()) * q.clone(); t.add_(1)\ny", "", SWIGLU),
+        "up written in between": (S + "h = F.silu(p); q = q.clone(); q.add_(1)\nh * q", "", SWIGLU),
+        "up written through an alias": ("q = u; a = u.view(-1); h = F.silu(g); a.mul_(2)\nh * q", "", SWIGLU),
+        "activation written": (S + "h = F.silu(p); h.add_(1)\nh * q",),
+        "activation written through a view": (S + "h = F.silu(p); h[..., :3] = 0\nh * q",),
+        "activation kept": (S + "h = F.silu(p); y = h * q\ny, h", "", SWIGLU),
+        "activation kept, then multiplied": (S + "h = F.silu(p); k = h.view(-1); h *= q\nh, k", "", SWIGLU),
+        "up is the buffer": ("h = F.silu(g); q = u.clone(); k = q; q *= h\nq, k", "", SWIGLU),
+        "input is the buffer": ("h = F.silu(g); u.mul_(h)\nu", "", SWIGLU, "never"),
+        "all of it written over": (S + "y = F.silu(p) * q; t.zero_()\ny", "", SWIGLU, "training"),
+        "vmap": ("torch.vmap(lambda k: F.silu(k[..., :12]) * k[..., 12:])(t)",),
+    },
+)  # fmt: skip

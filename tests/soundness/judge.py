@@ -1,0 +1,147 @@
+"""Run a mutant under npu_fuse without a hand-off and judge it by eager, on inputs that no proof has seen."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from rules.helpers import (
+    Inputs,
+    Mismatch,
+    Mode,
+    Outcome,
+    call,
+    compare_outcomes,
+    fresh,
+    planned,
+    sites,
+    ulps,
+    widened,
+)
+from rules.near import spoiled
+
+from npu_fuse.report import GraphReport, Status
+
+from .strategies import Mutant, draw_inputs, frozen_names, prepared
+
+FAR = 64.0
+"""Where most of eager is further from float64 than this (in ulps of the row), float64 computes something else."""
+
+
+@dataclass
+class Verdict:
+    """What became of a mutant: fused ops, whether npu_fuse failed inside, and what was wrong with a result."""
+
+    fused: list[str] = field(default_factory=list)
+    faults: list[str] = field(default_factory=list)
+    wrong: str = ""
+    calls: int = 0
+    discarded: str = ""
+
+
+def judge(mutant: Mutant) -> Verdict:
+    verdict = Verdict()
+    logging.disable(logging.WARNING)
+    try:
+        with fresh(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            _judge(mutant, verdict)
+    finally:
+        logging.disable(logging.NOTSET)
+    return verdict
+
+
+def _judge(mutant: Mutant, verdict: Verdict) -> None:
+    mode = Mode(mutant.dtype, mutant.train, mutant.dynamic == "rows", mutant.dynamic == "all")
+    function, reports = planned(mutant.program, mode)
+    for inputs in _draws(mutant):
+        problem = _one_call(mutant, function, inputs, verdict)
+        if problem and _is_dynamos(mutant, mode, inputs):
+            verdict.discarded = f"so does torch.compile alone: {problem}"
+        elif problem and not _is_overflow(problem, reports):
+            verdict.wrong = problem
+        if problem:
+            break
+    found = sites(reports)
+    verdict.fused = [s.op for s in found if s.status is Status.FUSED]
+    verdict.faults = [f"{s.op}: {s.code} {s.reason}" for s in found if s.status is Status.ERROR]
+    verdict.faults += [e for r in reports for e in r.errors]
+
+
+def _draws(mutant: Mutant) -> list[Inputs]:
+    """The mutant's own inputs, others, larger ones, other rows where shapes are dynamic, NaN and infinity."""
+    plain = [
+        draw_inputs(mutant.op, mutant.dtype, mutant.seed, mutant.scale),
+        draw_inputs(mutant.op, mutant.dtype, mutant.seed + 7, 100.0 if mutant.dtype is torch.float16 else 3e3),
+    ]
+    if mutant.dynamic:
+        plain.append(draw_inputs(mutant.op, mutant.dtype, mutant.seed + 14, 1.0, rows=9))
+        plain.append(draw_inputs(mutant.op, mutant.dtype, mutant.seed + 21, 1.0, rows=130))
+    if not mutant.train:
+        plain.append(spoiled(plain[0]))
+    return [prepared(mutant, inputs) for inputs in plain]
+
+
+def _one_call(mutant: Mutant, function: Callable[..., Any], inputs: Inputs, verdict: Verdict) -> str:
+    """What is wrong with one call; empty where nothing is, or where eager raises."""
+    frozen, second = frozen_names(mutant, inputs), mutant.special == "second derivative"
+
+    def run(called: Callable[..., Any], given: Inputs) -> Outcome:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(11)
+            return call(called, given, mutant.train, frozen, second)
+
+    try:
+        eager = run(mutant.program.function(), inputs)
+    except Exception:
+        return ""
+    verdict.calls += 1
+    try:
+        exact = run(mutant.program.lifted(mutant.dtype), widened(inputs))
+    except Exception:
+        exact = eager  # the mistake is about dtypes: only eager can judge
+    try:
+        fused = run(function, inputs)
+    except Exception as error:
+        return f"raises {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+    try:
+        compare_outcomes(exact, eager, fused)
+        _compare_directly(exact, eager, fused)
+    except Mismatch as problem:
+        return str(problem)
+    return ""
+
+
+def _compare_directly(exact: Outcome, eager: Outcome, fused: Outcome) -> None:
+    """Where float64 computes something else than eager, fused has to be near eager."""
+    pairs = [*zip(exact.outputs, eager.outputs, fused.outputs, strict=True)]
+    pairs += [
+        (exact.gradients[n], eager.gradients[n], fused.gradients[n]) for n in eager.gradients if n in exact.gradients
+    ]
+    for reference, before, after in pairs:
+        if not isinstance(before, torch.Tensor) or not before.is_floating_point() or before.numel() == 0:
+            continue
+        wide, left, right = (t.detach().double() for t in (reference, before, after))
+        finite = torch.isfinite(wide) & torch.isfinite(left) & torch.isfinite(right)
+        if not bool(finite.any()) or float(ulps((left - wide).abs(), wide, before.dtype)[finite].median()) < FAR:
+            continue
+        apart = float(ulps((left - right).abs(), left, before.dtype)[finite].max())
+        if apart > FAR:
+            raise Mismatch(f"{apart:.0f} ulp from eager, which itself is far from float64")
+
+
+def _is_dynamos(mutant: Mutant, mode: Mode, inputs: Inputs) -> bool:
+    """torch.compile with the backend "eager" has a problem with this call too."""
+    torch._dynamo.reset()
+    alone = torch.compile(mutant.program.function(), backend="eager", dynamic=mode.all_dynamic or None)
+    return bool(_one_call(mutant, alone, inputs, Verdict()))
+
+
+def _is_overflow(problem: str, reports: Sequence[GraphReport]) -> bool:
+    """The report says that the original overflows where the fused form does not: a promise, no fault."""
+    noted = any("overflows" in note for s in sites(reports) for note in s.notes)
+    return noted and ("ulp" in problem or "finite where" in problem)
