@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-SLOW = ("rules", "soundness", "test_engine_faults.py")
+SLOW = ("rules", "soundness", "test_engine_faults.py", "test_engine_regions.py")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
