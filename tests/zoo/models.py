@@ -34,6 +34,7 @@ transformers.logging.set_verbosity_error()
 warnings.filterwarnings("ignore", module="transformers")
 
 BATCH, SEQ = 2, 16
+CHANCE = ("dropout", "pdrop", "layerdrop", "drop_path", "drop_rate", "jitter")
 FIRST_WORD, LAST_WORD = 3, 38  # text ids; the special ids of `sizes` lie outside
 
 
@@ -71,6 +72,8 @@ def build(
     cfg.use_cache = False
     for key, value in config.items():
         setattr(cfg, key, value)
+    if train:
+        without_chance(cfg)
     model = cls(cfg)
     randomise(model, seed)
     model = model.to(dtype)
@@ -90,6 +93,17 @@ def make_config(name: str) -> Any:
     cls = CONFIG_MAPPING[key]
     kwargs = reduced(cls, cls(**overrides.DEFAULTS.get(key, {})))
     return cls(**merge(kwargs, overrides.CONFIG.get(name, overrides.CONFIG.get(key, {}))))
+
+
+def without_chance(cfg: Any) -> None:
+    """Set every dropout and jitter of a configuration to zero, so that runs can be compared."""
+    for key, value in list(vars(cfg).items()):
+        if hasattr(value, "to_dict"):
+            without_chance(value)
+        elif isinstance(value, float) and any(word in key for word in CHANCE):
+            setattr(cfg, key, 0.0)
+        elif key == "apply_spec_augment":
+            setattr(cfg, key, False)
 
 
 def word_ids(batch: int, seq: int, rng: torch.Generator) -> Tensor:

@@ -51,6 +51,8 @@ def build(name: str, dtype: torch.dtype = torch.float32, train: bool = False, se
     seed += zlib.crc32(name.encode()) % 10000
     torch.manual_seed(seed)
     cfg = make_config(name)
+    if train:
+        models.without_chance(cfg)
     entry = MODEL_MAPPING_NAMES[name.removeprefix(PREFIX)]
     model = getattr(transformers, entry if isinstance(entry, str) else entry[0])(cfg)
     randomise(model, seed)
@@ -131,7 +133,7 @@ def _patches(cfg: Any, rng: torch.Generator, layout: int) -> Tensor:
     """Flattened patches (images · rows · columns, channels · frames · patch²) of towers with a grid."""
     patch = _first(cfg, "patch_size", 8)
     width = _first(cfg, "num_channels in_channels in_chans", 3) * patch * patch
-    width *= _first(cfg, "temporal_patch_size", 1)
+    width *= _first(cfg, "temporal_patch_size patch_temporal tubelet_size", 1)
     return torch.randn(models.BATCH * GRID * GRID, width, generator=rng)
 
 
