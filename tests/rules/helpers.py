@@ -142,12 +142,14 @@ def ulps(error: torch.Tensor, exact: torch.Tensor, dtype: torch.dtype, rowwise: 
     return error / (torch.exp2(torch.floor(torch.log2(scale.clamp_min(info.smallest_normal)))) * info.eps)
 
 
-def judge(what: str, exact: Any, eager: Any, fused: Any, gradient: bool = False) -> None:
+def judge(
+    what: str, exact: Any, eager: Any, fused: Any, gradient: bool = False, allowed: dict[torch.dtype, float] = SLACK
+) -> None:
     """Raise `Mismatch` where `fused` is another interface than eager or less accurate than the bound allows.
 
     Of a gradient only what is finite in eager is compared: x / (1 + exp(-x)) has none where silu has one.
     """
-    slack, rowwise = (GRADIENT_SLACK, False) if gradient else (SLACK, True)
+    slack, rowwise = (GRADIENT_SLACK, False) if gradient else (allowed, True)
     if not isinstance(eager, torch.Tensor):
         if eager != fused:
             raise Mismatch(f"{what}: {fused!r} instead of {eager!r}")
@@ -201,11 +203,12 @@ def compare(program: Program, inputs: Inputs, train: bool, compiled: Callable[..
     compare_outcomes(exact, eager, fused)
 
 
-def compare_outcomes(exact: Outcome, eager: Outcome, fused: Outcome) -> None:
+def compare_outcomes(exact: Outcome, eager: Outcome, fused: Outcome, allowed: dict[torch.dtype, float] = SLACK) -> None:
+    """Raise `Mismatch` at the first output, written input or gradient out of bounds."""
     for i, (a, b, c) in enumerate(zip(exact.outputs, eager.outputs, fused.outputs, strict=True)):
-        judge(f"output {i}", a, b, c)
+        judge(f"output {i}", a, b, c, allowed=allowed)
     for name, value in eager.inputs.items():
-        judge(f"input {name} after the call", exact.inputs[name], value, fused.inputs[name])
+        judge(f"input {name} after the call", exact.inputs[name], value, fused.inputs[name], allowed=allowed)
     if eager.gradients.keys() != fused.gradients.keys():
         raise Mismatch(f"gradients to {sorted(fused.gradients)} instead of {sorted(eager.gradients)}")
     for name, value in eager.gradients.items():

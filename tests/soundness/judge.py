@@ -32,6 +32,11 @@ FAR = 64.0
 """Where most of eager is further from float64 than this (in ulps of the row), float64 computes something else."""
 
 
+SLACK = {torch.float32: 4.0, torch.bfloat16: 1.0, torch.float16: 1.0}
+"""Ulps of the row beyond eager's own error. A mutant rounds before and behind its site too (a matmul, an added
+clamp), where eager can be luckier by a rounding; the proof's own bound is tested on whole sites in tests/rules."""
+
+
 @dataclass
 class Verdict:
     """What became of a mutant: fused ops, whether npu_fuse failed inside, and what was wrong with a result."""
@@ -109,7 +114,7 @@ def _one_call(mutant: Mutant, function: Callable[..., Any], inputs: Inputs, verd
     except Exception as error:
         return f"raises {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
     try:
-        compare_outcomes(exact, eager, fused)
+        compare_outcomes(exact, eager, fused, SLACK)
         _compare_directly(exact, eager, fused)
     except Mismatch as problem:
         return str(problem)
