@@ -8,6 +8,7 @@ import _common as common
 import torch
 from torch.fx import Graph, GraphModule, Node
 from torch.fx._lazy_graph_module import _LazyGraphModule
+from torch.fx.node import map_arg
 
 
 def captured_layer(width: int = 64) -> GraphModule:
@@ -45,7 +46,9 @@ def stacked(layer: GraphModule, times: int) -> GraphModule:
     for given in inputs:
         env: dict[Node, Node] = {**given, entry: hidden}
         for node in body:
-            env[node] = graph.node_copy(node, env.__getitem__)
+            args, kwargs = (map_arg(given, env.__getitem__) for given in (node.args, node.kwargs))
+            env[node] = graph.create_node(node.op, node.target, args, kwargs)
+            env[node].meta = dict(node.meta)
         result = output.args[0]
         hidden = env[result[0] if isinstance(result, (tuple, list)) else result]  # type: ignore[index]
     graph.output((hidden,))
