@@ -214,8 +214,9 @@ def rotated_values(view: View, region: Region) -> Iterator[Node]:
         numbers: set[int] = set()
         for operand in _factors(product):
             for node in _cone(operand, inside):
-                by_number.setdefault(view.vn(node), node)
-                numbers.add(view.vn(node))
+                number = view.vn(node)
+                by_number.setdefault(number, node)
+                numbers.add(number)
         common = numbers if common is None else common & numbers
     candidates = [by_number[n] for n in common or ()]
     for node in sorted(candidates, key=view.position.__getitem__, reverse=True):
@@ -232,13 +233,13 @@ def _factors(product: Node) -> list[Node]:
 
 def _cone(node: Node, inside: set[Node]) -> list[Node]:
     """The node and everything below it inside the region, its leaves included."""
-    found: list[Node] = []
+    found: dict[Node, None] = {}
     stack = [node]
     while stack:
         current = stack.pop()
         if current in found:
             continue
-        found.append(current)
+        found[current] = None
         if current in inside:
             stack += d.data_inputs(current)
     return [n for n in found if d.tensor(n) is not None]
@@ -246,7 +247,8 @@ def _cone(node: Node, inside: set[Node]) -> list[Node]:
 
 def turn_of(view: View, region: Region, x: Node) -> Turn | str:
     """The rotation of x that the region computes; "" where it is none, a fact where it nearly is one."""
-    same = {n for n in (*region.nodes, *region.leaves) if view.vn(n) == view.vn(x)}
+    number = view.vn(x)
+    same = {n for n in (*region.nodes, *region.leaves) if view.vn(n) == number}
     cut = _above(region, same)
     reached = {n for node in cut for n in node.all_input_nodes}
     others = [n for n in region.leaves if n not in same and n in reached]

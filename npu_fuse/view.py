@@ -7,6 +7,7 @@ in ways that add no guard (`str(size)`, identity).
 from __future__ import annotations
 
 import bisect
+import functools
 import operator
 import re
 from collections.abc import Hashable, Iterable
@@ -239,12 +240,16 @@ class _ChangedOperandError(Exception):
 _FRAME = re.compile(r'File "([^"]+)", line (\d+), in (\S+)\n\s*(.*)')
 
 
-def source_of(node: Node) -> Source:
-    """The innermost frame outside torch, and the innermost module's path."""
-    trace = node.meta.get("stack_trace") or ""
+@functools.lru_cache(maxsize=1024)  # all layers have the frames of one
+def _innermost(trace: str) -> tuple[str, str, str, str] | tuple[None, None, None, None]:
     frames = _FRAME.findall(trace)
     ours = [f for f in frames if "/torch/" not in f[0]] or frames
-    file, line, function, code = ours[-1] if ours else (None, None, None, None)
+    return ours[-1] if ours else (None, None, None, None)
+
+
+def source_of(node: Node) -> Source:
+    """The innermost frame outside torch, and the innermost module's path."""
+    file, line, function, code = _innermost(node.meta.get("stack_trace") or "")
     stack = node.meta.get("nn_module_stack") or {}
     module = None
     for path, _ in stack.values():
