@@ -76,8 +76,7 @@ def build(
         without_chance(cfg)
     model = cls(cfg)
     randomise(model, seed)
-    model = model.to(dtype)
-    model.train(train)
+    model = cast(model, dtype).train(train)
     rng = torch.Generator().manual_seed(seed)
     inputs: dict[str, Any] = {"input_ids": word_ids(batch, seq, rng)}
     if {"use_cache", "kwargs"} & set(inspect.signature(model.forward).parameters):
@@ -93,6 +92,13 @@ def make_config(name: str) -> Any:
     cls = CONFIG_MAPPING[key]
     kwargs = reduced(cls, cls(**overrides.DEFAULTS.get(key, {})))
     return cls(**merge(kwargs, overrides.CONFIG.get(name, overrides.CONFIG.get(key, {}))))
+
+
+def cast(model: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """Cast what is floating-point; `Module.to` would also make complex rotary tables real."""
+    names = {torch.float32: "float", torch.bfloat16: "bfloat16", torch.float16: "half", torch.float64: "double"}
+    found: nn.Module = getattr(model, names[dtype])()
+    return found
 
 
 def without_chance(cfg: Any) -> None:

@@ -26,7 +26,7 @@ from transformers.models.auto.modeling_auto import MODEL_MAPPING_NAMES
 
 from . import models, overrides
 from .isolate import isolated
-from .models import Built, randomise, word_ids
+from .models import Built, cast, randomise, word_ids
 from .reduce import merge, reduced
 
 PREFIX = "model:"
@@ -57,8 +57,8 @@ def build(name: str, dtype: torch.dtype = torch.float32, train: bool = False, se
     model = getattr(transformers, entry if isinstance(entry, str) else entry[0])(cfg)
     randomise(model, seed)
     inputs = _first_that_runs(model.eval(), cfg, seed)
-    cast = {k: v.to(dtype) if isinstance(v, Tensor) and v.is_floating_point() else v for k, v in inputs.items()}
-    return Built(name, model.to(dtype).train(train), cast, cfg)
+    inputs = {k: v.to(dtype) if isinstance(v, Tensor) and v.is_floating_point() else v for k, v in inputs.items()}
+    return Built(name, cast(model, dtype).train(train), inputs, cfg)
 
 
 def make_config(name: str) -> Any:
@@ -204,6 +204,14 @@ def _series(cfg: Any, rng: torch.Generator, layout: int) -> Tensor:
     return torch.randn(models.BATCH, _first(cfg, "context_length", 64), generator=rng)
 
 
+def _no_padding(cfg: Any, rng: torch.Generator, layout: int) -> Tensor:
+    return torch.zeros(_series(cfg, rng, layout).shape)
+
+
+def _frequency(cfg: Any, rng: torch.Generator, layout: int) -> Tensor:
+    return torch.zeros(models.BATCH, 1, dtype=torch.long)
+
+
 LAYOUTS = 3
 MEDIA = frozenset(("input_ids", "pixel_values", "input_features", "input_values", "bbox", "decoder_input_ids"))
 # Argument of a forward -> its value, from the configuration, in one of three layouts.
@@ -224,6 +232,8 @@ MAKERS: dict[str, Callable[[Any, torch.Generator, int], Any]] = {
     "image_grid_thw": _grid,
     "pixel_position_ids": _positions_2d,
     "past_values": _series,
+    "past_values_padding": _no_padding,
+    "freq": _frequency,
 }
 
 

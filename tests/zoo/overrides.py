@@ -191,6 +191,13 @@ CONFIG |= {
     "model:mimi": _CODEC,
     "model:mimi_decoder": _CODEC,
     "model:mimi_encoder": _CODEC,
+    "model:nemo_speechlm": {"head_config": {"audio_hidden_size": 64}},
+    "model:nemotron3_5_transcribe_audio": {"head_config": {"audio_hidden_size": 64}},
+    "model:nemotron3_diarization": {"head_config": {"audio_hidden_size": 64}},
+    "model:pocket_tts": {"flow_head_config": {"condition_dim": 64}},
+    "model:pocket_tts_audio_tokenizer": _CODEC,
+    "model:pocket_tts_audio_tokenizer_decoder": _CODEC,
+    "model:pocket_tts_audio_tokenizer_encoder": _CODEC,
     "model:moonshine_streaming": {"encoder_config": {"hidden_size": 64}},
     "model:time_series_transformer": {"prediction_length": 8},
 }
