@@ -32,7 +32,10 @@ def names(kind: str = "all") -> list[str]:
 
 def build(name: str, dtype: torch.dtype = torch.float32, train: bool = False) -> Built:
     """The tiny model `name` with inputs."""
-    for source in (others, diffusion, titan):
-        if name.startswith(source.PREFIX):
-            return source.build(name, dtype, train)
+    if name.startswith(others.PREFIX):
+        return others.build(name, dtype, train)
+    if name.startswith(diffusion.PREFIX):
+        return diffusion.build(name, dtype, train)
+    if name.startswith(titan.PREFIX):
+        return titan.build(name, dtype, train)
     return models.build(name, dtype, train)

@@ -11,86 +11,30 @@ from __future__ import annotations
 import itertools
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from . import checks
-
-MOVES = frozenset(
-    """view _unsafe_view reshape transpose t permute slice select split split_with_sizes unbind chunk expand
-    clone _to_copy to squeeze unsqueeze alias detach contiguous index index_select gather flatten repeat copy_
-    lift_fresh _reshape_alias as_strided view_as_real view_as_complex unsafe_split unsafe_chunk roll flip
-    native_dropout dropout""".split()
+from . import checks, gates, rotation
+from .facts import (
+    CLAMPS,
+    MOVES,
+    NOTHING,
+    PROJECTIONS,
+    SAME_SHAPE_MOVES,
+    Facts,
+    Origin,
+    Root,
+    Site,
+    changed,
+    ids,
+    key,
 )
-SAME_SHAPE_MOVES = frozenset("clone _to_copy to alias detach contiguous lift_fresh neg".split())
-PROJECTIONS = frozenset("mm addmm bmm baddbmm matmul linear _grouped_mm".split())
-CLAMPS = frozenset("clamp clamp_min clamp_max minimum maximum".split())
-_ids = itertools.count()
 
-
-@dataclass(frozen=True)
-class Origin:
-    """The projection a value comes from; `changes` are what was done to it since."""
-
-    uid: int
-    operation: str
-    source: Tensor
-    changes: frozenset[str] = frozenset()
-
-
-@dataclass(frozen=True)
-class Root:
-    """(statistic)^±½; `uid` names the inverse root that was taken."""
-
-    uid: int
-    power: float
-    of_mean_square: bool
-
-
-@dataclass(frozen=True)
-class Facts:
-    """What is known about a value."""
-
-    constant: bool = False
-    origin: Origin | None = None
-    activation: str | None = None
-    inner: tuple[str, Tensor] | None = None  # sigmoid, tanh, erf or exp and its input
-    root: Root | None = None
-    square: bool = False
-    mean_square: bool = False
-    product: tuple[Tensor, Tensor] | None = None
-    site: int | None = None  # index of the norm site this is the output of
-
-
-NOTHING = Facts()
 Rule = Callable[[str, Sequence[Any], list[Facts], Tensor], Facts]
-
-
-@dataclass
-class Site:
-    """One computation found. `kind` as in README.md; `where` is file:line in the model's own code."""
-
-    kind: str
-    where: str
-    function: str
-    module: str
-    module_class: str
-    weighted: bool = False
-
-
-@dataclass
-class _Half:
-    """One half of a rotation, out₁ = x·c ∓ z·s, waiting for the other, out₂ = z·c ± x·s."""
-
-    x: Tensor
-    c: Tensor
-    z: Tensor
-    s: Tensor
-    done: bool = field(default=False)
 
 
 class Flow(TorchDispatchMode):
@@ -102,12 +46,12 @@ class Flow(TorchDispatchMode):
         self._facts: dict[tuple[Any, ...], Facts] = {}
         self._alive: list[Any] = []  # keeps storages from being reused, so that a key names one value
         self._written: set[int] = set()
-        self._halves: list[_Half] = []
+        self._rotations = rotation.Rotations()
         self._roots: dict[int, Site] = {}
         self._modules: list[nn.Module] = []
         self._names = {m: name for name, m in model.named_modules()}
         for t in itertools.chain(model.parameters(), model.buffers()):
-            self._facts[_key(t)] = Facts(constant=True)
+            self._facts[key(t)] = Facts(constant=True)
 
     # ------------------------------------------------------------------ plumbing
     def __enter__(self) -> Flow:
@@ -122,7 +66,7 @@ class Flow(TorchDispatchMode):
     def forget(self) -> None:
         """Forget the sites found so far, for another run."""
         self.sites.clear()
-        self._halves.clear()
+        self._rotations = rotation.Rotations()
 
     def _enter_module(self, module: nn.Module, args: Any) -> None:
         self._modules.append(module)
@@ -152,13 +96,13 @@ class Flow(TorchDispatchMode):
             rule = self._rule(base)
             found = rule(base, args, inputs, outs[0])
             for t in outs:
-                self._facts[_key(t)] = found
+                self._facts[key(t)] = found
         return out
 
     def facts(self, value: Any) -> Facts:
         """What is known about an argument; numbers are constants."""
         if isinstance(value, Tensor):
-            found = self._facts.get(_key(value), NOTHING)
+            found = self._facts.get(key(value), NOTHING)
             written = found.constant and value.untyped_storage().data_ptr() in self._written
             return NOTHING if written else found
         items = value if isinstance(value, (list, tuple)) else ()
@@ -200,11 +144,11 @@ class Flow(TorchDispatchMode):
         data = [a for a, f in tensors if not f.constant]
         if not any(f.constant and a.dim() > 1 for a, f in tensors):
             return NOTHING  # two computed values, as in attention
-        return Facts(origin=Origin(next(_ids), "conv" if "convolution" in name else "linear", data[0]))
+        return Facts(origin=Origin(next(ids), "conv" if "convolution" in name else "linear", data[0]))
 
     def _clamp(self, name: str, args: Sequence[Any], inputs: list[Facts], out: Tensor) -> Facts:
         first = inputs[0]
-        return replace(first, origin=_changed(first.origin, "clamp"), product=None)
+        return replace(first, origin=changed(first.origin, "clamp"), product=None)
 
     def _other(self, name: str, args: Sequence[Any], inputs: list[Facts], out: Tensor) -> Facts:
         return Facts(constant=all(f.constant for f in inputs))
@@ -212,7 +156,7 @@ class Flow(TorchDispatchMode):
     def op_cat(self, name: str, args: Sequence[Any], inputs: list[Facts], out: Tensor) -> Facts:
         parts = [self.facts(part).origin for part in args[0]]
         joined = parts[0] if all(part and part.operation == "linear" for part in parts) else None
-        return Facts(constant=inputs[0].constant, origin=replace(joined, uid=next(_ids)) if joined else None)
+        return Facts(constant=inputs[0].constant, origin=replace(joined, uid=next(ids)) if joined else None)
 
     def op_neg(self, name: str, args: Sequence[Any], inputs: list[Facts], out: Tensor) -> Facts:
         return replace(inputs[0], activation=None, square=False, mean_square=False, root=None)
@@ -225,7 +169,7 @@ class Flow(TorchDispatchMode):
         return Facts(origin=inputs[0].origin, activation="gelu")
 
     def op_inner(self, name: str, args: Sequence[Any], inputs: list[Facts], out: Tensor) -> Facts:
-        origin = _changed(inputs[0].origin, name)
+        origin = changed(inputs[0].origin, name)
         return Facts(constant=inputs[0].constant, origin=origin, inner=(name, args[0]))
 
     op_sigmoid = op_tanh = op_erf = op_exp = op_inner
@@ -264,14 +208,14 @@ class Flow(TorchDispatchMode):
         return Facts(mean_square=inputs[0].square, constant=inputs[0].constant)
 
     def op_sum(self, name: str, args: Sequence[Any], inputs: list[Facts], out: Tensor) -> Facts:
-        if inputs[0].product and len(args) > 1 and _is_matrix_rotation(inputs[0].product, args[1]):
+        if inputs[0].product and len(args) > 1 and rotation.is_matrix(inputs[0].product, args[1]):
             self.note("rope")
         return Facts(constant=inputs[0].constant)
 
     def _take_root(self, of: Facts, power: float) -> Facts:
         if of.constant:
             return Facts(constant=True)
-        root = Root(next(_ids), power, of.mean_square)
+        root = Root(next(ids), power, of.mean_square)
         if of.mean_square and power:
             self._roots[root.uid] = Site("rms_statistic", *_place(self))
         return Facts(root=root)
@@ -279,44 +223,23 @@ class Flow(TorchDispatchMode):
     # sums
     def op_add(self, name: str, args: Sequence[Any], inputs: list[Facts], out: Tensor) -> Facts:
         a, b = inputs[0], inputs[1]
-        if a.product and b.product:
-            self._maybe_rotation(out, a.product, b.product)
+        if a.product and b.product and self._rotations.complete(out, a.product, b.product):
+            self.note("rope")
         if a.constant and b.constant:
             return Facts(constant=True)
         for known, other, value in ((a, b, args[1]), (b, a, args[0])):
             if other.constant:  # a bias, an epsilon, a "+ 1"
-                origin = known.origin if isinstance(value, Tensor) else _changed(known.origin, "+const")
+                origin = known.origin if isinstance(value, Tensor) else changed(known.origin, "+const")
                 return replace(known, origin=origin, product=None, activation=None, square=False, site=None)
         return NOTHING
 
     op_sub = op_rsub = op_add
 
     def op_addcmul(self, name: str, args: Sequence[Any], inputs: list[Facts], out: Tensor) -> Facts:
-        if inputs[0].product:
-            self._maybe_rotation(out, inputs[0].product, (args[1], args[2]))
+        product = inputs[0].product
+        if product and self._rotations.complete(out, product, (args[1], args[2])):
+            self.note("rope")
         return NOTHING
-
-    def _maybe_rotation(self, out: Tensor, p: tuple[Tensor, Tensor], q: tuple[Tensor, Tensor]) -> None:
-        for (x, c), (z, s) in itertools.product((p, p[::-1]), (q, q[::-1])):
-            if not checks.is_unit_pair(c, s, out.shape):
-                continue
-            if checks.is_paired(x, z) or checks.is_spread(x, out.shape, c):
-                self.note("rope")
-            else:
-                self._match_half(_Half(x, c, z, s))
-            return
-
-    def _match_half(self, new: _Half) -> None:
-        for old in self._halves:
-            ways = (((old.x, old.c), (old.z, old.s)), ((old.z, old.s), (old.x, old.c)))
-            for (x, c), (z, s) in ways:  # {(x, c), (z, s)} and {(z, c), (x, s)} make a rotation
-                if old.done or not (checks.same(new.x, z) and checks.same(new.z, x)):
-                    continue
-                if checks.same(new.c, c) and checks.same(new.s, s):
-                    old.done = True
-                    self.note("rope")
-                    return
-        self._halves.append(new)
 
     # products
     def op_mul(self, name: str, args: Sequence[Any], inputs: list[Facts], out: Tensor) -> Facts:
@@ -324,13 +247,15 @@ class Flow(TorchDispatchMode):
         if not isinstance(a, Tensor) or not isinstance(b, Tensor):
             return self._scaled(inputs[0] if isinstance(a, Tensor) else inputs[1], b if isinstance(a, Tensor) else a)
         if out.is_complex():
-            return self._complex_product(a, b)
+            if a.is_complex() and b.is_complex() and rotation.is_complex(a, b):
+                self.note("rope")
+            return NOTHING
         if inputs[0].constant and inputs[1].constant:
             return Facts(constant=True)
-        if _key(a) == _key(b) or (a.shape == b.shape and torch.equal(a, b)):
+        if key(a) == key(b) or (a.shape == b.shape and torch.equal(a, b)):
             return Facts(square=True)
         for (x, fx), (y, fy) in itertools.permutations(zip((a, b), inputs[:2], strict=True)):
-            found = self._norm(x, fx, y, fy) or self._activation(x, fx, y, fy) or self._gate(fx, fy)
+            found = self._norm(x, fx, y, fy) or gates.activation(x, fx, y, fy, self.facts) or self._gate(fx, fy)
             if found:
                 return replace(found, product=(a, b))
         for known, other in ((inputs[0], inputs[1]), (inputs[1], inputs[0])):
@@ -358,15 +283,8 @@ class Flow(TorchDispatchMode):
         """known times a constant."""
         if known.constant:
             return known
-        origin = known.origin if factor == 1 else _changed(known.origin, "scale")
+        origin = known.origin if factor == 1 else changed(known.origin, "scale")
         return replace(known, origin=origin, product=None, square=False, root=None, mean_square=known.square)
-
-    def _complex_product(self, a: Tensor, b: Tensor) -> Facts:
-        for x, f in ((a, b), (b, a)):
-            if x.is_complex() and f.is_complex() and checks.is_unit_pair(f.real, f.imag, f.shape):
-                self.note("rope")
-                break
-        return NOTHING
 
     def _norm(self, x: Tensor, fx: Facts, y: Tensor, fy: Facts) -> Facts | None:
         if fy.root is None or fy.root.power != -0.5:
@@ -381,65 +299,12 @@ class Flow(TorchDispatchMode):
         self.note({"rms": "rmsnorm", "l2": "l2norm", "layer": "layernorm_inline"}[kind])
         return Facts(site=len(self.sites) - 1)
 
-    def _activation(self, x: Tensor, fx: Facts, y: Tensor, fy: Facts) -> Facts | None:
-        """x · sigmoid(alpha · x), or x times a written-out gelu gate."""
-        if fy.inner is None or x.shape != y.shape:
-            return None
-        function, argument = fy.inner
-        if function == "sigmoid":
-            alpha = checks.sigmoid_scale(x, argument)
-            if alpha is not None:
-                plain = abs(alpha - 1) < checks.TOLERANCE
-                return Facts(origin=fx.origin, activation="silu" if plain else "silu_alpha")
-            gate = self.facts(argument).origin
-            if fx.origin and gate and fx.origin.uid == gate.uid:
-                return Facts(origin=fx.origin, activation="silu_changed")
-        elif function in ("tanh", "erf") and checks.is_gelu_factor(x, y):
-            return Facts(origin=_plain(fx.origin, "scale"), activation="gelu")
-        return None
-
     def _gate(self, fx: Facts, fy: Facts) -> Facts | None:
-        """act(gate) · up."""
-        if fx.activation is None or fx.origin is None or fy.activation is not None or fy.constant:
+        kind = gates.kind(fx, fy, [type(m).__name__ for m in self._modules[-2:]])
+        if kind is None:
             return None
-        if fy.origin is None or "conv" in (fx.origin.operation, fy.origin.operation):
-            self.note("act_gate_other")
-            return NOTHING
-        changes = fx.origin.changes | fy.origin.changes
-        kind = {"silu": "swiglu", "gelu": "geglu"}.get(fx.activation, "swiglu_modified")
-        if changes - {"clamp", "scale"}:
-            kind = "swiglu_modified"
-        elif kind == "swiglu" and any("expert" in type(m).__name__.lower() for m in self._modules[-2:]):
-            kind = "swiglu_in_experts"
         self.note(kind)
         return NOTHING
-
-
-def _key(t: Tensor) -> tuple[Any, ...]:
-    return (t.untyped_storage().data_ptr(), t.storage_offset(), t.shape, t.stride(), t.dtype)
-
-
-def _changed(origin: Origin | None, how: str) -> Origin | None:
-    return replace(origin, changes=origin.changes | {how}) if origin else None
-
-
-def _plain(origin: Origin | None, how: str) -> Origin | None:
-    return replace(origin, changes=origin.changes - {how}) if origin else None
-
-
-def _is_matrix_rotation(product: tuple[Tensor, Tensor], dims: Sequence[int]) -> bool:
-    """(R · x).sum(dim) over a dim of size 2 whose rows (c, ∓s) have one length."""
-    if len(dims) != 1:
-        return False
-    for matrix, x in (product, product[::-1]):
-        shape = torch.broadcast_shapes(matrix.shape, x.shape)
-        whole = matrix.broadcast_to(shape)
-        if shape[dims[0]] != 2 or not matrix.is_floating_point():
-            continue
-        c, s = whole.select(dims[0], 0), whole.select(dims[0], 1)
-        if checks.is_unit_pair(c, s, c.shape) and checks.is_spread(x, shape, matrix):
-            return True
-    return False
 
 
 def _model_frame() -> Any:

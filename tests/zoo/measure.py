@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch._dynamo.backends.registry import lookup_backend
 from torch._dynamo.utils import counters
 
@@ -147,7 +147,7 @@ def _backend(out: Compiled, fuse: bool) -> tuple[Any, dict[str, Any]]:
         return [True] * len(entries)
 
     def hand_off(gm: torch.fx.GraphModule, inputs: Sequence[Any], **_: Any) -> Callable[..., Any]:
-        compiled = lookup_backend("aot_eager")(gm, inputs)
+        compiled = lookup_backend("aot_eager")(gm, list(inputs))
         index = len(out.calls)
         out.calls.append(0)
         out.report_of_graph.append(len(npu_fuse.reports()) - 1)
@@ -164,7 +164,7 @@ def _backend(out: Compiled, fuse: bool) -> tuple[Any, dict[str, Any]]:
     return hand_off, options
 
 
-def run(model: nn.Module, built: Built, mode: Mode) -> reference.Results:
+def run(model: Callable[..., Any], built: Built, mode: Mode) -> reference.Results:
     """Outputs and, in training, the gradients of a fixed random projection of them."""
     casting = torch.autocast("cpu", torch.bfloat16) if mode.autocast else contextlib.nullcontext()
     if not mode.train:

@@ -40,7 +40,7 @@ def reduced(cls: type, base: Any, ids: Iterator[int] | None = None) -> Kwargs:
         kwargs["rope_parameters"] = rope(values["rope_parameters"], kwargs.get("head_dim") or 16)
     for key in subs:
         sub = getattr(base, key, None)
-        if hasattr(sub, "to_dict"):
+        if sub is not None and hasattr(sub, "to_dict"):
             kwargs[key] = reduced(type(sub), sub, ids)
             if getattr(sub, "model_type", None):
                 kwargs[key]["model_type"] = sub.model_type

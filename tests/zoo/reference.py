@@ -99,8 +99,9 @@ def run_float64(built: Built, train: bool) -> Results:
 def _eager_experts(model: nn.Module) -> nn.Module:
     """Experts as a loop: the grouped matrix product has no float64 form."""
     for module in model.modules():
-        if hasattr(getattr(module, "config", None), "_experts_implementation_internal"):
-            module.config._experts_implementation_internal = "eager"
+        config: Any = getattr(module, "config", None)
+        if hasattr(config, "_experts_implementation_internal"):
+            config._experts_implementation_internal = "eager"
     return model
 
 

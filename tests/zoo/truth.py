@@ -23,7 +23,8 @@ import torch
 from torch import nn
 
 from . import catalog
-from .flow import Flow, Site
+from .facts import Site
+from .flow import Flow
 from .isolate import isolated
 
 TRUTH = Path(__file__).with_name("truth.json")
