@@ -16,7 +16,6 @@ import json
 import os
 import sys
 from collections import Counter
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -63,7 +62,7 @@ def run(batches: list[tuple[int, str | None]], output: Path, sources: str) -> No
         task = progress.add_task("mutants", total=len(batches) * BATCH)
         for number, op in batches:
             tally = campaign(number, BATCH, op)
-            record = {"sources": sources, "seed": number, "op": op, **asdict(tally)}
+            record = {"sources": sources, "seed": number, "op": op, **vars(tally)}
             with output.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(record) + "\n")
             for text in (*tally.wrong, *tally.faults):

@@ -198,13 +198,11 @@ def _sizes(site: Site, probe: Probe) -> Sizes:
 
 
 def _dry_run(site: Site, sizes: Sizes) -> None:
-    """On meta tensors: do the rewritten literals fit together?"""
+    """On zeros: do the rewritten literals fit together?"""
     env = {}
     for node in site.inputs:
         found = d.tensor(node)
-        env[node] = (
-            torch.empty(sizes.shape(found.shape), dtype=found.dtype, device="meta") if found is not None else 1.0
-        )
+        env[node] = torch.zeros(sizes.shape(found.shape), dtype=found.dtype) if found is not None else 1.0
     env |= {twin: env[node] for twin, node in site.twins}
     with torch.no_grad():
         replay(site.nodes, env, sizes, _apply_own)

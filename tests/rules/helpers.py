@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -142,14 +142,24 @@ def ulps(error: torch.Tensor, exact: torch.Tensor, dtype: torch.dtype, rowwise: 
     return error / (torch.exp2(torch.floor(torch.log2(scale.clamp_min(info.smallest_normal)))) * info.eps)
 
 
-def judge(
-    what: str, exact: Any, eager: Any, fused: Any, gradient: bool = False, allowed: dict[torch.dtype, float] = SLACK
-) -> None:
+@dataclass(frozen=True)
+class Bound:
+    """Ulps beyond eager's own error, and the share of elements that may be off by a step of what is computed
+    in float8 (a value on the edge of two steps takes the other one)."""
+
+    slack: Mapping[torch.dtype, float]
+    flips: float = 0.0
+
+
+EXACT_SITE = Bound(SLACK)
+
+
+def judge(what: str, exact: Any, eager: Any, fused: Any, gradient: bool = False, bound: Bound = EXACT_SITE) -> None:
     """Raise `Mismatch` where `fused` is another interface than eager or less accurate than the bound allows.
 
     Of a gradient only what is finite in eager is compared: x / (1 + exp(-x)) has none where silu has one.
     """
-    slack, rowwise = (GRADIENT_SLACK, False) if gradient else (allowed, True)
+    slack, rowwise = (GRADIENT_SLACK, False) if gradient else (bound.slack, True)
     if not isinstance(eager, torch.Tensor):
         if eager != fused:
             raise Mismatch(f"{what}: {fused!r} instead of {eager!r}")
@@ -177,9 +187,10 @@ def judge(
         return
     before = ulps((eager.double() - exact).abs(), exact, eager.dtype, rowwise)[usable]
     after = ulps((fused.double() - exact).abs(), exact, eager.dtype, rowwise)[usable]
-    if float(after.max()) > float(before.max()) + slack[eager.dtype]:
-        raise Mismatch(f"{what}: error {float(after.max()):.2f} ulp, eager's is {float(before.max()):.2f} ulp")
-    if eager.dtype is not F32 and float(after.mean()) > 1.1 * float(before.mean()) + 0.05:
+    largest = float(after.quantile(1 - bound.flips) if bound.flips else after.max())
+    if largest > float(before.max()) + slack[eager.dtype]:
+        raise Mismatch(f"{what}: error {largest:.2f} ulp, eager's is {float(before.max()):.2f} ulp")
+    if eager.dtype is not F32 and not bound.flips and float(after.mean()) > 1.1 * float(before.mean()) + 0.05:
         raise Mismatch(f"{what}: mean error {float(after.mean()):.3f} ulp, eager's {float(before.mean()):.3f} ulp")
 
 
@@ -203,16 +214,16 @@ def compare(program: Program, inputs: Inputs, train: bool, compiled: Callable[..
     compare_outcomes(exact, eager, fused)
 
 
-def compare_outcomes(exact: Outcome, eager: Outcome, fused: Outcome, allowed: dict[torch.dtype, float] = SLACK) -> None:
+def compare_outcomes(exact: Outcome, eager: Outcome, fused: Outcome, bound: Bound = EXACT_SITE) -> None:
     """Raise `Mismatch` at the first output, written input or gradient out of bounds."""
     for i, (a, b, c) in enumerate(zip(exact.outputs, eager.outputs, fused.outputs, strict=True)):
-        judge(f"output {i}", a, b, c, allowed=allowed)
+        judge(f"output {i}", a, b, c, bound=bound)
     for name, value in eager.inputs.items():
-        judge(f"input {name} after the call", exact.inputs[name], value, fused.inputs[name], allowed=allowed)
+        judge(f"input {name} after the call", exact.inputs[name], value, fused.inputs[name], bound=bound)
     if eager.gradients.keys() != fused.gradients.keys():
         raise Mismatch(f"gradients to {sorted(fused.gradients)} instead of {sorted(eager.gradients)}")
     for name, value in eager.gradients.items():
-        judge(f"gradient to {name}", exact.gradients[name], value, fused.gradients[name], gradient=True)
+        judge(f"gradient to {name}", exact.gradients[name], value, fused.gradients[name], True, bound)
 
 
 @contextlib.contextmanager

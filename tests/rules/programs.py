@@ -37,12 +37,13 @@ class Program:
         return compiled(self.text, self.name)
 
     def lifted(self, dtype: torch.dtype) -> Callable[..., Any]:
-        """To be called with float64 inputs: roundings are gone, `half()` and float8 stay (they compute).
+        """To be called with float64 inputs: roundings are gone, what `half()`, `bfloat16()` and float8 compute stays.
 
         `dtype` is that of the inputs in the graph: casts to float32 copy where it is another one.
         """
         copies = ".double().clone()" if dtype is not torch.float32 else ".double()"
         text = re.sub(r"\.float\(\)", copies, self.text)
+        text = re.sub(r"(\.half\(\)|\.bfloat16\(\)|\.to\(torch\.float16\))", r"\1.double()", text)
         text = re.sub(r"torch\.(float32|bfloat16)\b", "torch.float64", text)
         text = re.sub(r"Tensor\.float\b", "Tensor.double", text)
         return compiled(text, f"{self.name} in float64")
