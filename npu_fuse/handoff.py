@@ -79,6 +79,11 @@ def _decomposed_by_inductor() -> None:
     if missing:
         decomposition.decompositions.update(missing)
         decomposition.fast_random_decomps.cache_clear()
+        from torch._inductor import lowering
+
+        keep_call: Any = lowering.make_fallback
+        for op in ops.may_stay_calls():
+            keep_call(op, lowering.constrain_to_fx_strides, warn=False, override_decomp=True)
 
 
 def _registered(name: str) -> Callable[..., Any]:

@@ -15,20 +15,27 @@ import torch
 NAMESPACE = "npu_fuse"
 _library = torch.library.Library(NAMESPACE, "DEF")  # type: ignore[no-untyped-call]
 _bodies: dict[str, Callable[..., Any]] = {}
+_expansions: dict[str, Callable[..., Any]] = {}
 _keeps: dict[str, tuple[int, ...]] = {}
 
 
-def define(schema: str, body: Callable[..., Any], keeps: tuple[int, ...] = ()) -> None:
+def define(
+    schema: str, body: Callable[..., Any], keeps: tuple[int, ...] = (), *,
+    fake: Callable[..., Any] | None = None, expand: Callable[..., Any] | None = None,
+) -> None:  # fmt: skip
     """Register `schema` (name and arguments) with `body` as kernel on every device and as fake kernel.
 
     The body must return what it promises on fake tensors: the same shapes, dtypes and strides. `keeps`
-    are the positions of the arguments that its backward needs.
+    are the positions of the arguments that its backward needs. A body that reads values (the ends of
+    groups) has a `fake` kernel of its own, and an `expand` for compilers: it returns NotImplemented
+    where the op has to stay a call.
     """
     _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))  # type: ignore[no-untyped-call]
     name = schema.split("(", maxsplit=1)[0]
     _library.impl(name, body, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
-    torch.library.register_fake(f"{NAMESPACE}::{name}", body, lib=_library)
+    torch.library.register_fake(f"{NAMESPACE}::{name}", fake or body, lib=_library)
     _bodies[name] = body
+    _expansions[name] = expand or body
     _keeps[name] = keeps
 
 
@@ -57,7 +64,12 @@ def kept_arguments(name: str) -> tuple[int, ...] | None:
 
 def decompositions() -> dict[Any, Callable[..., Any]]:
     """Every op of the namespace and its body: what `compile_fx(..., decompositions=...)` takes."""
-    return {op(name): body for name, body in _bodies.items()}
+    return {op(name): body for name, body in _expansions.items()}
+
+
+def may_stay_calls() -> list[Any]:
+    """The ops whose expansion may decline: a compiler needs a way to call them as they are."""
+    return [op(name) for name, body in _expansions.items() if body is not _bodies[name]]
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import operator
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -25,6 +25,7 @@ from torch.fx import Node
 from npu_fuse import dialect as d
 from npu_fuse.emit import RunEmitter
 from npu_fuse.epsilon import default_epsilon
+from npu_fuse.experts import grouped_mm_in_float64
 from npu_fuse.replay import CannotShrink, Sizes, choose_sizes, replay
 from npu_fuse.report import ProofFacts
 from npu_fuse.sites import Form, Site
@@ -34,6 +35,8 @@ MAX_ELEMENTS = 1 << 20
 """Largest probe tensor: 8 MB in float64."""
 FLOAT64_TOLERANCE = 1e-9
 SEED = 20251125
+WITHOUT_FLOAT64: Mapping[str, Callable[..., Any]] = {"grouped_mm": grouped_mm_in_float64}
+"""What torch computes in no float64: the same mathematics, written out."""
 
 
 @dataclass(frozen=True)
@@ -146,7 +149,7 @@ def _facts(errors: _Errors, probes: int) -> ProofFacts:
 def _run_probe(site: Site, form: Form, probe: Probe, index: int, errors: _Errors, target: Target) -> None:
     sizes = _sizes(site, probe)
     generator = torch.Generator().manual_seed(SEED + index)
-    own = _make_inputs(site, probe, sizes, generator)
+    own = _make_inputs(site, probe, index, sizes, generator)
     lifted = {n: _lift(v) for n, v in own.items()}
     name = f"probe {index} (scale {probe.scale:g}{', ' + probe.special if probe.special else ''})"
 
@@ -184,7 +187,7 @@ def _sizes(site: Site, probe: Probe) -> Sizes:
     tensors = [n for n in site.inputs if d.tensor(n) is not None]
     problem: Exception | None = None
     for shrink in (True, False):
-        sizes = choose_sizes(tensors, kept, probe.pool, shrink)
+        sizes = choose_sizes(tensors, kept, site.pool or probe.pool, shrink)
         for node in tensors:
             elements = torch.Size(sizes.shape(d.tensor(node).shape)).numel()  # type: ignore[union-attr]
             if elements > MAX_ELEMENTS:
@@ -208,7 +211,7 @@ def _dry_run(site: Site, sizes: Sizes) -> None:
         replay(site.nodes, env, sizes, _apply_own)
 
 
-def _make_inputs(site: Site, probe: Probe, sizes: Sizes, generator: torch.Generator) -> dict[Node, Any]:
+def _make_inputs(site: Site, probe: Probe, index: int, sizes: Sizes, generator: torch.Generator) -> dict[Node, Any]:
     made: dict[Node, Any] = {}
     shapes = {n: sizes.shape(t.shape) for n in site.inputs if (t := d.tensor(n)) is not None}
     largest = max((torch.Size(s).numel() for s in shapes.values()), default=0)
@@ -218,6 +221,9 @@ def _make_inputs(site: Site, probe: Probe, sizes: Sizes, generator: torch.Genera
             made[node] = _scalar(node, probe, sizes, len(made))
             continue
         shape = shapes[node]
+        if node in site.probes:
+            made[node] = site.probes[node](made, shape, index, generator).to(found.dtype)
+            continue
         is_weight = torch.Size(shape).numel() < largest
         made[node] = _values(shape, found.dtype, probe, is_weight, generator)
     return made
@@ -256,12 +262,14 @@ def _strided(value: torch.Tensor) -> torch.Tensor:
     """Rows that do not follow one another in memory; elements of a row do, as complex views demand."""
     if value.dim() > 2:
         return value.transpose(0, -2).contiguous().transpose(0, -2)
-    return torch.nn.functional.pad(value, (0, 2))[..., :-2]
+    return torch.nn.functional.pad(value, (0, 8))[..., :-8]
 
 
 def _lift(value: Any) -> Any:
     if not isinstance(value, torch.Tensor):
         return value
+    if not (value.is_floating_point() or value.is_complex()):
+        return value.clone()
     return value.detach().to(torch.complex128 if value.dtype.is_complex else torch.float64).clone()
 
 
@@ -315,7 +323,7 @@ def _lifted_apply(copies: bool) -> Any:
         kwargs = {k: torch.float64 if _is_float_dtype(v) else v for k, v in kwargs.items()}
         args = tuple(torch.float64 if _is_float_dtype(a) else a for a in args)
         args, kwargs = _frozen_epsilon(node, args, kwargs)
-        return d.function_of(node)(*args, **kwargs)
+        return WITHOUT_FLOAT64.get(d.name(node), d.function_of(node))(*args, **kwargs)
 
     return apply
 

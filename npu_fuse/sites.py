@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any
 from torch.fx import Node
 
 if TYPE_CHECKING:
+    from torch import Generator, Tensor
+
     from npu_fuse.emit import Emitter
     from npu_fuse.report import Status
     from npu_fuse.targets import Target
@@ -20,6 +22,8 @@ if TYPE_CHECKING:
 
 Emit = Callable[["Emitter", Mapping[Node, Any]], Any]
 """Writes the fused computation: called with proxies of the site's inputs, returns the output's."""
+MakeInput = Callable[[Mapping[Node, Any], tuple[int, ...], int, "Generator"], "Tensor"]
+"""Values of an input for one probe: from the inputs before it, its shape, the probe's index, a generator."""
 
 
 @dataclass(frozen=True)
@@ -56,6 +60,10 @@ class Site:
     """Nodes that the original reads in an input's place: they compute the same value once more."""
     replaces: Site | None = None
     """The simpler site that this one contains: it is taken where this one is refused."""
+    probes: Mapping[Node, MakeInput] = field(default_factory=dict)
+    """Inputs that no random numbers can stand for: indices of experts, ends of groups."""
+    pool: tuple[int, ...] | None = None
+    """Sizes that the proof shrinks to, where a kernel asks for aligned ones."""
     facts: Mapping[str, Any] = field(default_factory=dict)
     """What targets ask: dtype, gamma, operands that have to be concatenated…"""
 

@@ -63,6 +63,19 @@ def _gate(*rest: Any, **named: Any) -> Callable[[torch.dtype], Arguments]:
     return make
 
 
+def _grouped(kind: int, ends: tuple[int, ...], transposed: bool = False) -> Callable[[torch.dtype], Arguments]:
+    """Rows by the weights of their experts (kind 0), weights' gradients (2); the last end is the number of rows."""
+
+    def make(dtype: torch.dtype) -> Arguments:
+        x, experts = _normal(ends[-1], 32).to(dtype), len(ends)
+        weight = _normal(experts, 16, 32).transpose(1, 2) if transposed else _normal(experts, 32, 16)
+        groups = torch.tensor(ends, dtype=torch.int64)
+        rest = {"group_list": groups, "split_item": 2 if kind == 0 else 3, "group_type": kind, "group_list_type": 0}
+        return [[x], [weight.to(dtype)]] if kind == 0 else [[x.t()], [_normal(ends[-1], 16).to(dtype)]], rest
+
+    return make
+
+
 MIXED = (torch.float16, torch.bfloat16)
 ROTARY = "npu_rotary_mul_backward"
 CASES = (
@@ -82,4 +95,7 @@ CASES = (
     Case("npu_fast_gelu", _gate(), "", "npu_fast_gelu_backward", (0,), keeps_strides=True),
     Case("npu_clipped_swiglu", _gate(alpha=1.702, limit=7.0, bias=1.0, interleaved=True), "interleaved"),
     Case("npu_clipped_swiglu", _gate(dim=-1, alpha=1.0, limit=3.0, bias=0.0, interleaved=False), "chunked"),
+    Case("npu_grouped_matmul", _grouped(0, (3, 3, 11, 24)), "rows"),
+    Case("npu_grouped_matmul", _grouped(0, (3, 3, 11, 24), transposed=True), "view"),
+    Case("npu_grouped_matmul", _grouped(2, (3, 3, 11, 24)), "weights"),
 )

@@ -18,6 +18,8 @@ PASSES = Path(__file__).resolve().parents[2] / "passes"
 
 def on(device: str, values: Any, dtype: torch.dtype | None = None) -> Any:
     def move(v: Any) -> Any:
+        if isinstance(v, list):
+            return [move(item) for item in v]
         if not isinstance(v, torch.Tensor):
             return v
         return v.to(device) if dtype is None or not v.is_floating_point() else v.to(device, dtype)

@@ -1,0 +1,112 @@
+"""What the rules of mixtures of experts share: ends of groups, their probes, what is known about them.
+
+Rows sorted by expert form groups. `ends` [E] holds where each group ends (cumulative sums of counts,
+non-decreasing); rows at and past the last end belong to no expert.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch.fx import Node
+
+from npu_fuse import dialect as d
+from npu_fuse.sites import MakeInput
+from npu_fuse.view import View, same_size, static
+
+PLAIN_STEPS = frozenset(("cast", "cast:other", "int", "long", "float", "clone", "contiguous"))
+
+
+def grouped_mm_in_float64(x: torch.Tensor, weight: torch.Tensor, offs: torch.Tensor, *rest: Any,
+                          **named: Any) -> torch.Tensor:  # fmt: skip
+    """x [S, K] · weight [E, K, N] by groups that end at `offs` [E] → [S, N]; zeros in rows of no group.
+
+    Row by row, with the weight of its expert gathered: another way than any kernel takes.
+    """
+    rows = torch.arange(x.shape[0], device=offs.device)
+    expert = torch.searchsorted(offs.to(rows.dtype), rows, right=True)
+    inside = expert < weight.shape[0]
+    chosen = weight[expert.clamp(max=weight.shape[0] - 1)]
+    y = torch.bmm(x.unsqueeze(1), chosen).squeeze(1)
+    return torch.where(inside.unsqueeze(1), y, torch.zeros_like(y))
+
+
+def ends_probe(x: Node, covers_all: bool) -> MakeInput:
+    """Ends of groups over the rows of `x`: empty experts, all rows to one, and rows of no expert if allowed."""
+
+    def make(made: Mapping[Node, Any], shape: tuple[int, ...], index: int, generator: torch.Generator) -> torch.Tensor:
+        rows, experts = int(made[x].shape[0]), shape[0]
+        last = rows if covers_all or index % 2 == 0 else rows - rows // 3
+        if index % 4 == 3:  # all to one expert, every other one empty
+            first = index // 4 % experts
+            return torch.tensor([0] * first + [last] * (experts - first))
+        inner = torch.randint(0, last + 1, (experts - 1,), generator=generator).sort().values
+        if index % 4 == 2 and experts > 2:
+            inner[: experts // 2] = inner[0]
+        return torch.cat((inner, torch.tensor([last])))
+
+    return make
+
+
+def covers_all_rows(view: View, ends: Any, rows: Any) -> bool:
+    """True where the structure says that the last end is the number of rows: no row is without an expert.
+
+    ends = cumsum(histc(indices, E bins from 0 to E - 1)) or cumsum(bincount(indices)), the indices being those
+    of a top-k among at most E, sorted or gathered by a sort, never masked or changed.
+    """
+    counts = _through(ends, {"cumsum"})
+    if not isinstance(counts, Node) or not counts.op.startswith("call"):
+        return False
+    found = d.tensor(counts)
+    experts = static(found.shape[0]) if found is not None and found.dim() == 1 else None
+    if d.name(counts) == "histc":
+        low, high = d.operand(counts, 2, "min", 0), d.operand(counts, 3, "max", 0)
+        if experts is None or low != 0 or high != experts - 1:
+            return False
+    elif d.name(counts) != "bincount" or d.operand(counts, 1, "weights") is not None:
+        return False
+    indices = d.operand(counts, 0, "input")
+    value = d.tensor(indices)
+    if value is None or not same_size(value.numel(), rows):
+        return False
+    return d.name(counts) == "bincount" or _below(view, indices, experts)
+
+
+def _below(view: View, indices: Any, experts: int | None) -> bool:
+    """Every index is one of a top-k (or an argmax) over at most `experts` values."""
+    node = _through(indices, {"view", "reshape", "flatten", "getitem", "sort", "index_select", "gather"})
+    if not isinstance(node, Node) or experts is None or d.name(node) not in ("topk", "argmax", "argsort"):
+        return False
+    scores = d.tensor(d.operand(node, 0, "input"))
+    dim = d.operand(node, 1, "dim") if d.name(node) == "argmax" else d.operand(node, 2, "dim", -1)
+    if scores is None or not isinstance(dim, int):
+        return False
+    width = static(scores.shape[dim])
+    return width is not None and width <= experts
+
+
+def _through(node: Any, names: set[str]) -> Any:
+    """The first value before `node` that no step of `names`, no cast and no copy made from its first operand.
+
+    An element of a pair is followed where it is the index of a top-k or the values of a sort.
+    """
+    while isinstance(node, Node) and node.op.startswith("call"):
+        name = d.name(node)
+        if name == "getitem":
+            pair = node.args[0]
+            if isinstance(pair, Node) and d.name(pair) in ("topk", "sort") and isinstance(node.args[1], int):
+                wanted = 1 if d.name(pair) == "topk" else 0
+                if node.args[1] != wanted:
+                    return None
+                if d.name(pair) == "topk":
+                    return pair
+                node = pair.args[0]
+                continue
+        if name not in names and name not in PLAIN_STEPS:
+            return node
+        if d.mutates(node):
+            return None
+        node = d.operand(node, 0, "input")
+    return node
