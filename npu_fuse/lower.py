@@ -11,13 +11,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch.fx import GraphModule, Node
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from npu_fuse import dialect as d
 from npu_fuse.emit import GraphEmitter
 from npu_fuse.sites import Form, Site
 from npu_fuse.targets import Target
-from npu_fuse.view import View
+from npu_fuse.view import View, same_size
 
 
 @dataclass(frozen=True)
@@ -106,8 +108,6 @@ def _same_layout(emitter: GraphEmitter, old: Node, made: Node) -> Node:
     if before is None or after is None:
         return made
     if before.is_contiguous() and not after.is_contiguous():
-        import torch
-
         return emitter.call(torch.Tensor.contiguous, made)  # type: ignore[no-any-return]
     return made
 
@@ -121,7 +121,7 @@ def _interface(old: Node, made: Node) -> str:
     if before.dim() != after.dim():
         return f"the fused op gives rank {after.dim()}, the graph wants {before.dim()}"
     for left, right in zip(before.shape, after.shape, strict=True):
-        if isinstance(left, int) and isinstance(right, int) and left != right:
+        if not (same_size(left, right) or statically_known_true(left == right)):
             return f"the fused op gives shape {tuple(after.shape)}, the graph wants {tuple(before.shape)}"
     return ""
 

@@ -16,11 +16,16 @@ from typing import Any
 import sympy  # type: ignore[import-untyped]
 import torch
 from torch.fx import Node
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from npu_fuse import dialect as d
 
 SMALL = 4
 """Sizes up to this stay: the three position streams of mrope, two halves, four experts."""
+
+
+FEATURE = 4
+"""A symbolic width is about this many times a size of the pool."""
 
 
 class CannotShrink(Exception):
@@ -54,11 +59,10 @@ class Sizes:
 def choose_sizes(inputs: Sequence[Node], kept: int, pool: Sequence[int], shrink: bool = True) -> Sizes:
     """Small sizes for every leading dimension of the inputs, taken from `pool` in order."""
     literal: dict[int, int] = {}
-    symbols: dict[sympy.Symbol, int] = {}
+    shapes = [found.shape for n in inputs if (found := d.tensor(n)) is not None]
+    symbols = _feature_symbols(shapes, kept, pool)
     fresh = iter(pool)
-    for node in inputs:
-        found = d.tensor(node)
-        shape = found.shape if found is not None else ()
+    for shape in shapes:
         for i, size in enumerate(shape):
             if isinstance(size, torch.SymInt):
                 for symbol in sorted(size.node.expr.free_symbols, key=str):
@@ -67,6 +71,21 @@ def choose_sizes(inputs: Sequence[Node], kept: int, pool: Sequence[int], shrink:
             elif shrink and i < len(shape) - kept and size > SMALL and size not in literal:
                 literal[size] = min(next(fresh, 2), size)
     return Sizes(literal, symbols, kept)
+
+
+def _feature_symbols(shapes: Sequence[Any], kept: int, pool: Sequence[int]) -> dict[sympy.Symbol, int]:
+    """Widths that are symbolic, another one for another pool: odd ones too, if they are not known to be even."""
+    fresh = iter(pool)
+    symbols: dict[sympy.Symbol, int] = {}
+    for shape in shapes:
+        for size in shape[max(0, len(shape) - kept) :]:
+            if isinstance(size, torch.SymInt):
+                for symbol in sorted(size.node.expr.free_symbols, key=str):
+                    if symbol not in symbols:
+                        small = next(fresh, 2)
+                        even = statically_known_true(size % 2 == 0)
+                        symbols[symbol] = FEATURE * small + (0 if even else small % 2)
+    return symbols
 
 
 Apply = Callable[[Node, tuple[Any, ...], dict[str, Any]], Any]
@@ -255,6 +274,9 @@ def _cover(item: Any, old: Any, new: int) -> Any:
     if isinstance(item, slice) and item.step in (None, 1) and item.start in (None, 0):
         if item.stop is None or item.stop >= old:
             return slice(None)
+    if isinstance(item, slice) and item.stop is None and isinstance(item.step, int) and not old % item.step:
+        if not new % item.step and 0 <= (item.start or 0) < item.step:
+            return item  # every step-th of a multiple
     if isinstance(item, int) and -new <= item < new:
         return item  # one row is like another
     raise CannotShrink("an index into a shrunk dimension")
@@ -266,6 +288,25 @@ def _splitting(args: Any, kwargs: Any, source: Any, result: Any, sizes: Sizes) -
     if not isinstance(old, torch.SymInt) and old != new:
         raise CannotShrink("a split along a shrunk dimension")
     return args, kwargs
+
+
+def _chunking(args: Any, kwargs: Any, source: Any, result: Any, sizes: Sizes) -> Any:
+    """Equal parts stay equal parts."""
+    dim = args[2] if len(args) > 2 else kwargs.get("dim", 0)
+    parts = args[1] if len(args) > 1 else kwargs.get("chunks")
+    old, new = source.shape[dim], args[0].shape[dim]
+    if isinstance(old, int) and isinstance(parts, int) and old % parts == 0 and new % parts == 0:
+        return args, kwargs
+    return _splitting(args, kwargs, source, result, sizes)
+
+
+def _repeating(args: Any, kwargs: Any, source: Any, result: Any, sizes: Sizes) -> Any:
+    """Rows repeated k times, k being the size of another dimension (a token's experts)."""
+    repeats = args[1] if len(args) > 1 else kwargs.get("repeats")
+    if not isinstance(repeats, int) or repeats not in sizes.literal:
+        return args, kwargs
+    rest = {k: v for k, v in kwargs.items() if k not in ("repeats", "output_size")}
+    return (args[0], sizes.literal[repeats], *args[2:]), rest
 
 
 def _selecting(args: Any, kwargs: Any, source: Any, result: Any, sizes: Sizes) -> Any:
@@ -280,6 +321,6 @@ def _selecting(args: Any, kwargs: Any, source: Any, result: Any, sizes: Sizes) -
 
 _FIXES: dict[str, Callable[..., Any]] = {
     "view": _view, "reshape": _view, "expand": _expand, "broadcast_to": _expand, "getitem": _index,
-    "chunk": _splitting, "split": _splitting, "unsafe_split": _splitting, "unsafe_chunk": _splitting,
-    "tensor_split": _splitting, "slice": _selecting, "narrow": _selecting, "select": _selecting,
+    "chunk": _chunking, "split": _splitting, "unsafe_split": _splitting, "unsafe_chunk": _chunking,
+    "repeat_interleave": _repeating, "tensor_split": _splitting, "slice": _selecting, "narrow": _selecting, "select": _selecting,
 }  # fmt: skip

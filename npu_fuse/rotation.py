@@ -25,7 +25,7 @@ from npu_fuse.sites import Form, Site
 from npu_fuse.trace import BUFFERS, Complex, Tracer, Untraceable, trace
 from npu_fuse.view import View, same_shape, static
 
-MAX_STEPS, MAX_NODES, MAX_ELEMENTS = 8, 96, 1 << 16
+MAX_STEPS, MAX_NODES, MAX_ELEMENTS, MAX_WIDTH = 8, 96, 1 << 16, 2048
 
 
 @dataclass
@@ -60,10 +60,13 @@ class Table:
 
 @dataclass(frozen=True)
 class Turn:
-    """A rotation: its pairing, its width D, its tables; `deinterleave` where x[0::2], x[1::2] come first."""
+    """A rotation: its pairing, its width D (None: symbolic), its tables.
+
+    `deinterleave` where x[0::2], x[1::2] come first.
+    """
 
     mode: str
-    width: int
+    width: int | None
     cos: Table
     sin: Table
     deinterleave: bool = False
@@ -307,16 +310,40 @@ class _Term:
     coefficient: float
 
 
+POOL, OTHER_POOL = (2, 3, 2, 2), (4, 2, 5, 2)
+
+
 def _read(region: Region, cut: list[Node], inputs: tuple[Node, ...], same: set[Node]) -> Turn | str:
+    """A symbolic width is read at two sizes: what is found has to be the same, and to name no index.
+
+    Whether it holds at an odd width too is left to the proof.
+    """
+    wanted = d.tensor(region.output)
+    assert wanted is not None
+    found = _read_at(region, cut, inputs, same, POOL)
+    if static(wanted.shape[-1]) is not None or isinstance(found, str):
+        return found
+    other = _read_at(region, cut, inputs, same, OTHER_POOL)
+    if isinstance(other, str) or replace(other, width=found.width) != found:
+        return "the rotation is another one at another width, and the width is symbolic"
+    tables = (found.cos, found.sin)
+    if any(isinstance(t.arrange, tuple) or isinstance(t.sign, tuple) for t in tables):
+        return "cos or sin is arranged by indices, and the width is symbolic"
+    return replace(found, width=None)
+
+
+def _read_at(
+    region: Region, cut: list[Node], inputs: tuple[Node, ...], same: set[Node], pool: tuple[int, ...]
+) -> Turn | str:
     tracer = Tracer()
     wanted = d.tensor(region.output)
     assert wanted is not None
-    width = static(wanted.shape[-1])
-    if width is None or width < 2 or width % 2 or width > 2048:
-        return ""
     for shrink in (True, False):
         try:
-            sizes = choose_sizes(inputs, 1, (2, 3, 2, 2), shrink)
+            sizes = choose_sizes(inputs, 1, pool, shrink)
+            width = sizes.of(wanted.shape[-1], feature=True)
+            if width < 2 or width % 2 or width > MAX_WIDTH:
+                return ""
             shapes = {n: sizes.shape(t.shape) for n in inputs if (t := d.tensor(n)) is not None}
             if sum(torch.Size(s).numel() for s in shapes.values()) > MAX_ELEMENTS:
                 return ""
@@ -579,7 +606,7 @@ def _signed(e: Emitter, value: Any, signs: tuple[int, ...]) -> Any:
     return e.call(torch.cat, tuple(parts), -1)
 
 
-def emit_deinterleave(e: Emitter, value: Any, width: int) -> Any:
+def emit_deinterleave(e: Emitter, value: Any) -> Any:
     """[x0, x1, x2, x3, …] -> [x0, x2, …, x1, x3, …]."""
     return e.call(torch.cat, (value_slice(e, value, 0), value_slice(e, value, 1)), -1)
 

@@ -45,6 +45,13 @@ class Candidate:
         self.status, self.code, self.reason, self.form = status, code, reason, None
 
 
+def turns(rules: Iterable[Rule]) -> list[list[Rule]]:
+    """Rules whose rewrites others read, and then the others, on a new view of the graph."""
+    known = list(rules)
+    both = [[r for r in known if r.first], [r for r in known if not r.first]]
+    return [turn for turn in both if turn]
+
+
 def recognise(view: View, rules: Iterable[Rule], options: Options, training: bool) -> list[Candidate]:
     """Every rule over the whole view. A rule that throws is reported and loses its own sites only."""
     found: list[Candidate] = []
@@ -118,9 +125,17 @@ def prove(candidates: list[Candidate], rules: Iterable[Rule], options: Options, 
         if candidate.form is not None and site.replaces is not None:
             contained.add(id(site.replaces))
         if candidate.form is None:
-            # The last form is the one that keeps most of the original's digits: its reason tells most.
-            candidate.refuse(*(reasons[-1] if reasons else (Status.MISSED, "no_form", "no form of the op fits")))
+            candidate.refuse(*_telling(reasons))
     _settle_compositions(candidates, contained)
+
+
+def _telling(reasons: Sequence[tuple[Status, str, str]]) -> tuple[Status, str, str]:
+    """A form that could have been used but for the proof tells more than one that was no choice here.
+
+    Of several, the last is the one that keeps most of the original's digits.
+    """
+    proved = [r for r in reasons if r[0] is Status.REFUSED_BY_PROOF]
+    return (proved or list(reasons) or [(Status.MISSED, "no_form", "no form of the op fits")])[-1]
 
 
 def _settle_compositions(candidates: list[Candidate], contained: set[int]) -> None:

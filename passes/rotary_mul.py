@@ -34,8 +34,11 @@ NAME = "rotary_mul"
 
 
 def _rotate(x: torch.Tensor, mode: str, back: bool = False) -> torch.Tensor:
+    """[-x1, x0] of x's halves, or its transpose; of an odd width (a symbolic one may be) the second half is longer."""
     if mode == "half":
-        first, second = x.chunk(2, -1)
+        width = x.shape[-1]
+        middle = width - width // 2 if back else width // 2
+        first, second = x[..., :middle], x[..., middle:]
         return torch.cat((second, -first) if back else (-second, first), -1)
     even, odd = x[..., 0::2], x[..., 1::2]
     return torch.stack((odd, -even) if back else (-odd, even), -1).flatten(-2)
@@ -160,7 +163,7 @@ def _forms(x: Node, turn: r.Turn, dtype: torch.dtype, result: torch.dtype) -> li
         def emit(e: Emitter, env: Mapping[Node, Any], width: torch.dtype = width) -> Any:
             value = e.cast(env[x], width)
             if turn.deinterleave:
-                value = r.emit_deinterleave(e, value, turn.width)
+                value = r.emit_deinterleave(e, value)
             cos = r.emit_table(e, env[turn.cos.node], turn.cos, width)
             sin = r.emit_table(e, env[turn.sin.node], turn.sin, width)
             if e.target.name == "npu":
@@ -236,6 +239,8 @@ def _shape_limit(turn: r.Turn, x: torch.Tensor, cos: torch.Tensor) -> str | None
         return "npu_rotary_mul takes no float64"
     if x.dim() > 4:
         return f"npu_rotary_mul takes rank 4, x has {x.dim()}"
+    if turn.width is None:
+        return "the width is symbolic, and the kernel's limits depend on it"
     if turn.width > MAX_WIDTH:
         return f"npu_rotary_mul takes a width of at most {MAX_WIDTH}, x has {turn.width}"
     kept = _kept_dims(turn, x, cos)
@@ -267,7 +272,7 @@ def _batch_and_heads(x: torch.Tensor, kept: set[int]) -> list[Any]:
 def _tiling_limit(turn: r.Turn, x: torch.Tensor, cos: torch.Tensor, site: Site, form: Form) -> str | None:
     """Three refusals of the kernels' tilings; a size that is symbolic counts as refused."""
     kept = _kept_dims(turn, x, cos)
-    if turn.mode != "half" or _is_swapped(x) or x.dim() != 4 or 2 not in kept:
+    if turn.mode != "half" or _is_swapped(x) or x.dim() != 4 or 2 not in kept or turn.width is None:
         return None
     batch, heads, length = x.shape[:3]
     if kept == {2} and not (is_one(batch) or is_one(heads) or is_one(length)):

@@ -26,7 +26,7 @@ ONE_TENSOR = (
 )  # fmt: skip
 TWO_TENSORS = (
     "p = g; q = u", "p = F.linear(x, W); q = F.linear(x, V)", "p = x @ W.t(); q = torch.matmul(x, V.T)",
-    "p = g.view(10, 12); q = u.view(10, 12)", "p = torch.einsum('bsd,fd->bsf', x, W); q = u",
+    "p = g.flatten(0, 1); q = u.flatten(0, 1)", "p = torch.einsum('bsd,fd->bsf', x, W); q = u",
     "p = g.transpose(1, 2); q = u.transpose(1, 2)", "p = g + u; q = u",
 )  # fmt: skip
 SILU = (

@@ -89,9 +89,16 @@ NAMED: tuple[Program, ...] = tuple(
         "gamma in float32": "g = w.float(); h = x.float(); y = h * torch.rsqrt(h.pow(2).mean(-1, True) + 1e-5)\n(g * y).to(x.dtype)",
         "gamma negated": "h = x.float(); y = h * torch.rsqrt(h.pow(2).mean(-1, True) + 1e-5)\n(y * (1 - w.float())).to(x.dtype)",
         "result stays wide": "h = x.float()\nh * torch.rsqrt(h.pow(2).mean(-1, True) + 1e-5) * w.float()",
+    }.items()
+)  # fmt: skip
+
+LEFT_ALONE: tuple[Program, ...] = tuple(
+    program(name, INPUTS, text)
+    for name, text in {
         "einsum over features": "h = x.float(); v = torch.einsum('bsd,bsd->bs', h, h)[..., None] / 24\n(h * torch.rsqrt(v + 1e-5)).to(x.dtype) * w",
     }.items()
 )  # fmt: skip
+"""True norms that are not read: einsum is no sum of products here."""
 
 
 def combined(count: int) -> list[Program]:

@@ -106,7 +106,7 @@ NAMED: tuple[Program, ...] = tuple(
         "partial, last": "p, r = x.split((8, 8), -1); rot = torch.cat((-r[..., 4:], r[..., :4]), -1); o = r * c[:, None] + rot * s[:, None]\ntorch.cat((p, o), -1)",
         "BSND": "t = x.transpose(1, 2); rot = torch.cat((-t[..., 8:], t[..., :8]), -1)\nt * C.unsqueeze(2) + rot * S.unsqueeze(2)",
         "SBND": "t = x.permute(2, 0, 1, 3).contiguous(); rot = torch.cat((-t[..., 8:], t[..., :8]), -1)\nt * C[0][:, None, None] + rot * S[0][:, None, None]",
-        "TND": "t = x.transpose(1, 2).reshape(10, 3, 16); rot = torch.cat((-t[..., 8:], t[..., :8]), -1)\nt * C.view(10, 1, 16) + rot * S.view(10, 1, 16)",
+        "TND": "t = x.transpose(1, 2).flatten(0, 1); rot = torch.cat((-t[..., 8:], t[..., :8]), -1)\nt * C.flatten(0, 1)[:, None] + rot * S.flatten(0, 1)[:, None]",
         "no heads": "t = x[:, 0]; rot = torch.cat((-t[..., 8:], t[..., :8]), -1)\nt * C + rot * S",
         "rank 2": "t = x[0, 0]; rot = torch.cat((-t[..., 8:], t[..., :8]), -1)\nt * C[0] + rot * S[0]",
         "projected": "t = (x.transpose(1, 2).reshape(2, 5, 48) @ x.new_ones(48, 48)).view(2, 5, 3, 16).transpose(1, 2); rot = torch.cat((-t[..., 8:], t[..., :8]), -1)\nt * C[:, None] + rot * S[:, None]",
@@ -118,10 +118,17 @@ NAMED: tuple[Program, ...] = tuple(
         "written over afterwards": "rot = torch.cat((-x[..., 8:], x[..., :8]), -1); y = x * C[:, None] + rot * S[:, None]; y *= 2\ny",
         "signed tables": "sin = torch.cat((-s, s), -1)[:, None]; cos = torch.cat((c, c), -1)[:, None]\nx * cos + torch.roll(x, 8, -1) * sin",
         "swapped halves, signed tables": "sin = torch.cat((-s, s), -1)[:, None]; cos = torch.cat((c, c), -1)[:, None]; t = torch.cat((x[..., 8:], x[..., :8]), -1)\nx * cos + t * sin",
+    }.items()
+)  # fmt: skip
+
+LEFT_ALONE: tuple[Program, ...] = tuple(
+    program(name, INPUTS, text)
+    for name, text in {
         "einsum for products": "rot = torch.cat((-x[..., 8:], x[..., :8]), -1)\ntorch.einsum('bnsd,bsd->bnsd', x, C) + torch.einsum('bnsd,bsd->bnsd', rot, S)",
         "index tensor": "i = torch.cat((torch.arange(8, 16), torch.arange(0, 8))); sin = torch.cat((-s, s), -1)[:, None]\nx * C[:, None] + x[..., i] * sin",
     }.items()
 )  # fmt: skip
+"""True rotations that are not read: einsum is no product here, an index tensor's values are not in the graph."""
 
 
 def combined(count: int) -> list[Program]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from . import near, parts_rotary_mul
-from .helpers import MODES, NEAR_MODES, assert_one_fused, modes_of, through_torch_compile
+from .helpers import MODES, NEAR_MODES, assert_one_fused, modes_of, sites, through_torch_compile
 from .near_rotary_mul import GUARDED, NEAR_MISSES
 
 SPELLINGS = (*parts_rotary_mul.NAMED, *parts_rotary_mul.combined(96))
@@ -17,6 +17,12 @@ def test_respelling_fuses(index):
     for mode in modes_of(index, spelling in parts_rotary_mul.NAMED):
         reports = through_torch_compile(spelling, mode, parts_rotary_mul.inputs(mode.dtype))
         assert_one_fused(reports, {"rotary_mul"})
+
+
+@pytest.mark.parametrize("spelling", parts_rotary_mul.LEFT_ALONE, ids=lambda spelling: spelling.name)
+def test_what_is_not_read_stays(spelling):
+    reports = through_torch_compile(spelling, MODES[0], parts_rotary_mul.inputs(MODES[0].dtype))
+    assert not sites(reports)
 
 
 @pytest.mark.parametrize("miss", (*NEAR_MISSES, *GUARDED), ids=str)

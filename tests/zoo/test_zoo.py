@@ -25,9 +25,6 @@ QUARTER = catalog.names("quarter")
 OTHER_MODES = ("fp32", "bf16-train", "fp32-train", "autocast-train", "dynamic")
 # One of each family of spellings, for the modes that cost more.
 FEW = ("llama", "gemma3_text", "gpt_oss", "glm", "youtu", "qwen3_moe", "itt:qwen2_5_vl")
-OPEN = {
-    "itt:qwen4_exp": "after a graph break Dynamo makes the rotary width symbolic: 30 of 33 rotations are missed",
-}
 FIRST = 24  # of the quarter in every run; the others, and the other modes, are marked slow
 CASES = [
     *(("bf16", name) for name in QUARTER[:FIRST]),
@@ -48,9 +45,7 @@ def _one_thread() -> Iterator[None]:
 
 
 @pytest.mark.parametrize(("mode", "name"), CASES)
-def test_architecture(mode: str, name: str, request: pytest.FixtureRequest) -> None:
-    if name in OPEN:
-        request.applymarker(pytest.mark.xfail(reason=OPEN[name], strict=True))
+def test_architecture(mode: str, name: str) -> None:
     record = measure.measure(name, mode)
     if record["plain_error"]:
         pytest.skip(f"does not run with the hand-off alone: {record['plain_error']}")
