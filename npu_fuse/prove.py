@@ -26,7 +26,7 @@ from npu_fuse import dialect as d
 from npu_fuse.emit import RunEmitter
 from npu_fuse.epsilon import default_epsilon
 from npu_fuse.experts import grouped_mm_in_float64
-from npu_fuse.replay import CannotShrink, Sizes, choose_sizes, replay
+from npu_fuse.replay import ATTEMPTS, CannotShrink, Sizes, choose_sizes, replay
 from npu_fuse.report import ProofFacts
 from npu_fuse.sites import Form, Site
 from npu_fuse.targets import REFERENCE, Target
@@ -186,8 +186,10 @@ def _sizes(site: Site, probe: Probe) -> Sizes:
     kept = int(site.facts.get("kept", 1))
     tensors = [n for n in site.inputs if d.tensor(n) is not None]
     problem: Exception | None = None
-    for shrink in (True, False):
-        sizes = choose_sizes(tensors, kept, site.pool or probe.pool, shrink)
+    for shrink, alike in ATTEMPTS:
+        sizes = choose_sizes(tensors, kept, site.pool or probe.pool, shrink, alike)
+        if shrink and site.sizes:
+            sizes = replace(sizes, literal={**sizes.literal, **site.sizes})
         for node in tensors:
             elements = torch.Size(sizes.shape(d.tensor(node).shape)).numel()  # type: ignore[union-attr]
             if elements > MAX_ELEMENTS:
@@ -215,7 +217,7 @@ def _make_inputs(site: Site, probe: Probe, index: int, sizes: Sizes, generator: 
     made: dict[Node, Any] = {}
     shapes = {n: sizes.shape(t.shape) for n in site.inputs if (t := d.tensor(n)) is not None}
     largest = max((torch.Size(s).numel() for s in shapes.values()), default=0)
-    for node in site.inputs:
+    for node in sorted(site.inputs, key=lambda n: n in site.probes):  # these look at the others
         found = d.tensor(node)
         if found is None:
             made[node] = _scalar(node, probe, sizes, len(made))
@@ -407,6 +409,16 @@ def _measure(exact: torch.Tensor, before: torch.Tensor, after: torch.Tensor, pro
     errors.fused_sum += float(right.mean())
 
 
+def _only_sums_otherwise(site: Site, dtype: torch.dtype, errors: _Errors) -> bool:
+    """Long sums in float32: their order is the kernel's own, and the largest error is an accident of it.
+
+    The mean over all probes is none. 16-bit results are judged by their rounding, sums or not.
+    """
+    if not site.facts.get("sums") or dtype != torch.float32:
+        return False
+    return errors.fused <= 2 * errors.original + 2.0 and errors.fused_sum <= 1.1 * errors.original_sum + 0.01
+
+
 def _judge_accuracy(site: Site, errors: _Errors, numerics: str) -> None:
     if numerics == "exact" and not errors.bit_equal:
         raise _Fails("numerics='exact': results are not bit-equal in the graph's dtypes on every probe")
@@ -414,7 +426,7 @@ def _judge_accuracy(site: Site, errors: _Errors, numerics: str) -> None:
     if found is None or found.dtype not in (torch.float16, torch.bfloat16, torch.float32):
         return
     allowed = 2.0 if found.dtype == torch.float32 else 0.25
-    if errors.fused > errors.original + allowed:
+    if errors.fused > errors.original + allowed and not _only_sums_otherwise(site, found.dtype, errors):
         raise _Fails(
             f"no less accurate: largest error {errors.fused:.2f} ulp, the original's is {errors.original:.2f} ulp"
         )

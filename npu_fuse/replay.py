@@ -56,13 +56,24 @@ class Sizes:
         return tuple(self.of(s, feature=i >= first_feature) for i, s in enumerate(shape))
 
 
-def choose_sizes(inputs: Sequence[Node], kept: int, pool: Sequence[int], shrink: bool = True) -> Sizes:
-    """Small sizes for every leading dimension of the inputs, taken from `pool` in order."""
+ATTEMPTS = ((True, False), (False, False), (False, True))
+"""(shrink, alike) of `choose_sizes`, in the order to try them."""
+
+
+def choose_sizes(
+    inputs: Sequence[Node], kept: int, pool: Sequence[int], shrink: bool = True, alike: bool = False
+) -> Sizes:
+    """Small sizes for every leading dimension of the inputs, taken from `pool` in order.
+
+    shrink: literal sizes too. alike: each input's symbols get the pool from its start, for inputs whose symbols
+    differ and whose sizes a guard holds equal ([s0 · s1, D] and [s2 · s3, D]).
+    """
     literal: dict[int, int] = {}
     shapes = [found.shape for n in inputs if (found := d.tensor(n)) is not None]
     symbols = _feature_symbols(shapes, kept, pool)
     fresh = iter(pool)
     for shape in shapes:
+        fresh = iter(pool) if alike else fresh
         for i, size in enumerate(shape):
             if isinstance(size, torch.SymInt):
                 for symbol in sorted(size.node.expr.free_symbols, key=str):
@@ -322,5 +333,6 @@ def _selecting(args: Any, kwargs: Any, source: Any, result: Any, sizes: Sizes) -
 _FIXES: dict[str, Callable[..., Any]] = {
     "view": _view, "reshape": _view, "expand": _expand, "broadcast_to": _expand, "getitem": _index,
     "chunk": _chunking, "split": _splitting, "unsafe_split": _splitting, "unsafe_chunk": _chunking,
-    "repeat_interleave": _repeating, "tensor_split": _splitting, "slice": _selecting, "narrow": _selecting, "select": _selecting,
+    "repeat_interleave": _repeating, "tensor_split": _splitting, "slice": _selecting,
+    "narrow": _selecting, "select": _selecting,
 }  # fmt: skip

@@ -20,7 +20,7 @@ from npu_fuse import algebra
 from npu_fuse import dialect as d
 from npu_fuse.emit import Emitter
 from npu_fuse.proofs import structure_key
-from npu_fuse.replay import CannotShrink, choose_sizes
+from npu_fuse.replay import ATTEMPTS, CannotShrink, choose_sizes
 from npu_fuse.sites import Form, Site
 from npu_fuse.trace import BUFFERS, Complex, Tracer, Untraceable, trace
 from npu_fuse.view import View, same_shape, static
@@ -338,9 +338,9 @@ def _read_at(
     tracer = Tracer()
     wanted = d.tensor(region.output)
     assert wanted is not None
-    for shrink in (True, False):
+    for shrink, alike in ATTEMPTS:
         try:
-            sizes = choose_sizes(inputs, 1, pool, shrink)
+            sizes = choose_sizes(inputs, 1, pool, shrink, alike)
             width = sizes.of(wanted.shape[-1], feature=True)
             if width < 2 or width % 2 or width > MAX_WIDTH:
                 return ""

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch.fx import Graph, Node
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from npu_fuse import dialect as d
 from npu_fuse.sites import Site
@@ -270,13 +271,13 @@ def static(size: Any) -> int | None:
 
 
 def same_size(left: Any, right: Any) -> bool:
-    """Equal without asking a guard: the same integer, or the same symbolic expression."""
+    """Equal without asking a guard: the same integer, or symbolic ones that the guards so far make equal."""
     left, right = (s if static(s) is None else static(s) for s in (left, right))
     if isinstance(left, int) and isinstance(right, int):
         return left == right
     if isinstance(left, int) or isinstance(right, int):
         return False
-    return bool(left.node.expr == right.node.expr)
+    return bool(left.node.expr == right.node.expr) or statically_known_true(left == right)
 
 
 def same_shape(left: Iterable[Any], right: Iterable[Any]) -> bool:
