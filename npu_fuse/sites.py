@@ -64,6 +64,8 @@ class Site:
     """Inputs that no random numbers can stand for: indices of experts, ends of groups."""
     pool: tuple[int, ...] | None = None
     """Sizes that the proof shrinks to, where a kernel asks for aligned ones."""
+    sizes: Mapping[int, int] = field(default_factory=dict)
+    """Literal sizes that shrink together: a gated projection stays twice as wide as what follows it."""
     facts: Mapping[str, Any] = field(default_factory=dict)
     """What targets ask: dtype, gamma, operands that have to be concatenated…"""
 
@@ -96,5 +98,7 @@ class Rule:
     limits: Callable[[Site, Form, Target], Refusal | None] | None = None
     training: bool = True
     """False where the fused op has no backward: the site is then left to the rules it composes."""
+    first: bool = False
+    """Rewritten before all others are looked for: they read what it leaves."""
     order: int = 20
     """Rules of a lower order come first; a composition needs what it composes before it."""
