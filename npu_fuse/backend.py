@@ -65,14 +65,15 @@ def plan(
         clock = time.perf_counter()
         try:
             nodes += len(module.graph.nodes)
-            view = view_of(module.graph)
-            found = steps.recognise(view, RULES, options, training)
-            clock = _spent(seconds, "recognise", clock)
-            steps.prove(found, RULES, options, target, disk_cache(options))
-            clock = _spent(seconds, "prove", clock)
-            steps.put_in(module, view, found, target)
-            _spent(seconds, "lower", clock)
-            sites += steps.site_reports(found)
+            for rules in steps.turns(RULES):
+                view = view_of(module.graph)
+                found = steps.recognise(view, rules, options, training)
+                clock = _spent(seconds, "recognise", clock)
+                steps.prove(found, rules, options, target, disk_cache(options))
+                clock = _spent(seconds, "prove", clock)
+                steps.put_in(module, view, found, target)
+                clock = _spent(seconds, "lower", clock)
+                sites += steps.site_reports(found)
         except Exception as fault:
             logger.debug("npu_fuse left a graph alone", exc_info=True)
             errors.append(f"{type(fault).__name__}: {fault}")

@@ -6,7 +6,7 @@ What is proved is what is emitted: a form is one function of an `Emitter`.
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
@@ -37,6 +37,9 @@ class Emitter(Protocol):
     def cast(self, value: Any, dtype: torch.dtype) -> Any:
         """A rounding mark: lifted to float64 in the proof of equal functions."""
 
+    def again(self, node: Node, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+        """A node of the site once more, on other operands. It writes into none of them."""
+
     def shared(self, key: Hashable, values: Sequence[Any], build: Callable[..., Any]) -> Any:
         """`build(*values)`, once per graph for the same key and values (tables of cos and sin)."""
 
@@ -62,6 +65,15 @@ class RunEmitter:
 
     def cast(self, value: Any, dtype: torch.dtype) -> Any:
         return value.to(torch.float64 if self.lifted else dtype)
+
+    def again(self, node: Node, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+        recorded = d.tensor(node)
+        if d.name(node) == "cast" and recorded is not None:
+            return self.cast(args[0], recorded.dtype)
+        result = _without_writing(node)(*args, **{k: v for k, v in kwargs.items() if k != "inplace"})
+        if recorded is not None and recorded.is_floating_point() and not self.lifted:
+            return result.to(recorded.dtype)  # what autocast made of it
+        return result
 
     def shared(self, key: Hashable, values: Sequence[Any], build: Callable[..., Any]) -> Any:
         return build(*values)
@@ -108,15 +120,23 @@ class GraphEmitter:
             return
         values = torch.fx.node.map_arg(args, d.value)
         named = torch.fx.node.map_arg(kwargs, d.value)
+        trained = self._carries_gradient(node)
         try:
-            key = (function, _kind(values), _kind(named))
+            key = (function, _kind(values), _kind(named), trained)
             known = key in self.examples
         except TypeError:  # an argument that cannot be hashed
             key, known = None, False
         if not known:
             with self.fake_mode, torch.no_grad():
-                self.examples[key] = function(*values, **named)
+                self.examples[key] = _with_gradient(function(*values, **named), trained)
         node.meta["example_value"] = self.examples[key]
+
+    def _carries_gradient(self, node: Node) -> bool:
+        """Rules that look at the graph later ask which values are trained."""
+        result = d.tensor(self.origin) if self.origin is not None else None
+        if result is None or not result.requires_grad:
+            return False
+        return any(t.requires_grad for n in node.all_input_nodes for t in _tensors(d.value(n)))
 
     def fused(self, name: str, *args: Any, **kwargs: Any) -> Any:
         return self.call(self.target.resolve(name), *args, **kwargs)
@@ -132,6 +152,12 @@ class GraphEmitter:
         if found is not None and found.dtype == dtype:
             return value
         return self.call(torch.Tensor.to, value, dtype)
+
+    def again(self, node: Node, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+        recorded = d.tensor(node)
+        if d.name(node) == "cast" and recorded is not None:
+            return self.cast(args[0], recorded.dtype)
+        return self.call(_without_writing(node), *args, **{k: v for k, v in kwargs.items() if k != "inplace"})
 
     def shared(self, key: Hashable, values: Sequence[Any], build: Callable[..., Any]) -> Any:
         full_key = (key, tuple(values))
@@ -154,6 +180,38 @@ class GraphEmitter:
             with self.graph.inserting_before(first):
                 self.memo[key] = self.call(torch.full, tuple(shape), fill, dtype=dtype, device=device)
         return self.memo[key]
+
+
+def _tensors(value: Any) -> list[torch.Tensor]:
+    values = value if isinstance(value, (tuple, list)) else (value,)
+    return [v for v in values if isinstance(v, torch.Tensor)]
+
+
+def _with_gradient(value: Any, wanted: bool) -> Any:
+    for found in _tensors(value) if wanted else ():
+        if found.is_floating_point() and not found.requires_grad:
+            found.requires_grad_()
+    return value
+
+
+_NOT_IN_PLACE = {
+    operator.iadd: operator.add, operator.isub: operator.sub, operator.imul: operator.mul,
+    operator.itruediv: operator.truediv,
+}  # fmt: skip
+
+
+def _without_writing(node: Node) -> Callable[..., Any]:
+    """The function that computes what the node computes, and leaves its operands as they are."""
+    name = d.raw_name(node)
+    out_of_place = name[:-1] if name.endswith("_") and not name.endswith("__") else name
+    if node.op == "call_method":
+        return getattr(torch.Tensor, out_of_place)  # type: ignore[no-any-return]
+    function = d.function_of(node)
+    if function in _NOT_IN_PLACE:
+        return _NOT_IN_PLACE[function]
+    if not d.mutates(node) or node.kwargs.get("inplace") is True:
+        return function
+    return getattr(torch, out_of_place)  # type: ignore[no-any-return]
 
 
 def _kind(value: Any) -> Hashable:

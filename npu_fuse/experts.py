@@ -50,6 +50,19 @@ def ends_probe(x: Node, covers_all: bool) -> MakeInput:
     return make
 
 
+def indices_probe(weight: Node) -> MakeInput:
+    """Indices of experts [E, …]: any; one for all rows; a few of them, so that others are empty."""
+
+    def make(made: Mapping[Node, Any], shape: tuple[int, ...], index: int, generator: torch.Generator) -> torch.Tensor:
+        experts = int(made[weight].shape[0])
+        drawn = torch.randint(0, experts, shape, generator=generator)
+        if index % 4 == 3:
+            return torch.full(shape, index // 4 % experts)
+        return drawn // 2 * 2 if index % 4 == 2 else drawn
+
+    return make
+
+
 def covers_all_rows(view: View, ends: Any, rows: Any) -> bool:
     """True where the structure says that the last end is the number of rows: no row is without an expert.
 

@@ -412,11 +412,13 @@ def _measure(exact: torch.Tensor, before: torch.Tensor, after: torch.Tensor, pro
 def _only_sums_otherwise(site: Site, dtype: torch.dtype, errors: _Errors) -> bool:
     """Long sums in float32: their order is the kernel's own, and the largest error is an accident of it.
 
-    The mean over all probes is none. 16-bit results are judged by their rounding, sums or not.
+    The mean over all probes is none: of the same matmuls in two orders, with gates and clamps in between, the
+    largest errors differed up to 2.2 times either way and the means by less than 1.1. 16-bit results are judged
+    by their rounding, sums or not.
     """
     if not site.facts.get("sums") or dtype != torch.float32:
         return False
-    return errors.fused <= 2 * errors.original + 2.0 and errors.fused_sum <= 1.1 * errors.original_sum + 0.01
+    return errors.fused <= 4 * errors.original + 2.0 and errors.fused_sum <= 1.1 * errors.original_sum + 0.01
 
 
 def _judge_accuracy(site: Site, errors: _Errors, numerics: str) -> None:

@@ -18,6 +18,8 @@ from torch.fx import Node
 from npu_fuse import dialect as d
 from npu_fuse import experts, ops
 from npu_fuse.emit import Emitter, item
+from npu_fuse.expert_rows import Chain, chains
+from npu_fuse.expert_sites import site_of
 from npu_fuse.report import Status
 from npu_fuse.sites import Form, Miss, Refusal, Rule, Site
 from npu_fuse.targets import Target
@@ -132,6 +134,17 @@ ops.define(
 ops.differentiable("grouped_matmul", _backward, _setup)
 
 
+def _ends(indices: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """Where the rows of each expert end once sorted: indices of any shape, weight [E, …] → int64 [E]."""
+    experts_ = weight.shape[0]
+    flat = indices.reshape(-1)
+    flat = flat.float() if flat.device.type in ("cpu", "mps") else flat.int()  # as torch's kernels demand
+    return torch.histc(flat, bins=experts_, min=0, max=experts_ - 1).cumsum(0, dtype=torch.int64)
+
+
+ops.define("expert_ends(Tensor indices, Tensor weight) -> Tensor", _ends)
+
+
 def _npu_reference(
     x: list[torch.Tensor], weight: list[torch.Tensor], *, group_list: torch.Tensor | None = None,
     split_item: int = 0, group_type: int | None = None, group_list_type: int = 0, **rest: Any,
@@ -168,7 +181,19 @@ ops.define(
 
 
 def recognise(view: View) -> list[Site | Miss]:
-    return [_site(view, n) for n in view.nodes if n.op.startswith("call") and d.name(n) in SPELLINGS]
+    calls = [_site(view, n) for n in view.nodes if n.op.startswith("call") and d.name(n) in SPELLINGS]
+    return [*calls, *(_gathered(view, chain) for chain in chains(view))]
+
+
+def _gathered(view: View, chain: Chain) -> Site | Miss:
+    """Each slot with a weight of its own (`bmm(W[ids], x)`): sorted by expert they are grouped matmuls."""
+    result = d.tensor(chain.out)
+    trained = result is not None and result.requires_grad
+
+    def matmul(e: Emitter, rows: Any, weight: Any, ends: Any) -> Any:
+        return _call(e, rows, weight, ends, trained, zero_rest=False)
+
+    return site_of(view, NAME, chain, matmul, trained)
 
 
 def _site(view: View, node: Node) -> Site | Miss:
@@ -216,24 +241,30 @@ def _kernel_layout(weight: torch.Tensor) -> str:
 
 def _emit(x: Node, weight: Node, ends: Node, trained: bool, zero_rest: bool) -> Any:
     def emit(e: Emitter, env: Mapping[Node, Any]) -> Any:
-        rows, groups = env[x], env[ends]
+        groups = env[ends]
         if e.target.name == "npu":
-            rows = e.dense(rows)
             groups = e.shared("grouped_matmul.ends", (groups,), lambda g: e.call(torch.Tensor.to, g, torch.int64))
-            if not trained and not zero_rest:
-                made = e.fused(
-                    "npu_grouped_matmul", [rows], [env[weight]], group_list=groups, split_item=2, group_type=0,
-                    group_list_type=0,
-                )  # fmt: skip
-                return item(e, made, 0)
-        return e.fused("grouped_matmul", rows, env[weight], groups, zero_rest)
+        return _call(e, env[x], env[weight], groups, trained, zero_rest)
 
     return emit
 
 
+def _call(e: Emitter, rows: Any, weight: Any, ends: Any, trained: bool, zero_rest: bool) -> Any:
+    """The NPU's own op in inference; with a gradient, or zeros to write, ours around it."""
+    if e.target.name == "npu":
+        rows = e.dense(rows)
+        if not trained and not zero_rest:
+            made = e.fused(
+                "npu_grouped_matmul", [rows], [weight], group_list=ends, split_item=2, group_type=0, group_list_type=0
+            )
+            return item(e, made, 0)
+    return e.fused("grouped_matmul", rows, weight, ends, zero_rest)
+
+
 def limits(site: Site, form: Form, target: Target) -> Refusal | None:
     """npu_grouped_matmul with one weight tensor: dtypes, 1024 experts, inner sizes (aclnnGroupedMatmul)."""
-    value, weight = d.tensor(site.inputs[0]), d.tensor(site.inputs[1])
+    value = d.tensor(site.inputs[0])
+    weight = next((t for n in site.inputs if (t := d.tensor(n)) is not None and t.dim() == 3), None)
     if target.name != "npu" or value is None or weight is None:
         return None
     old = target.soc is not None and target.soc.startswith("Ascend310P")
@@ -254,4 +285,4 @@ def _refused(code: str, reason: str) -> Refusal:
     return Refusal(Status.REFUSED_BY_TARGET, f"grouped_matmul.{code}", reason)
 
 
-RULE = Rule(NAME, recognise, limits, order=15)
+RULE = Rule(NAME, recognise, limits, first=True)

@@ -1,0 +1,137 @@
+"""A chain of products by gathered weights as a site: rows go in the order of their experts and come back."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch.fx import Node
+
+from npu_fuse import algebra, experts
+from npu_fuse import dialect as d
+from npu_fuse.emit import Emitter, item
+from npu_fuse.expert_rows import Chain
+from npu_fuse.sites import Form, Miss, Site
+from npu_fuse.view import View, same_size
+
+ROWS, EXPERTS, ALIGNED = 96, 6, (16, 8)
+SLOTS = frozenset("repeat_interleave unsqueeze expand reshape view flatten getitem contiguous clone cast".split())
+Matmul = Callable[[Emitter, Any, Any, Any], Any]
+"""Writes the grouped matmul of sorted rows, weight [E, K, N] and ends of groups."""
+
+
+def site_of(view: View, name: str, chain: Chain, matmul: Matmul, trained: bool) -> Site | Miss:
+    """Permute, every product as a grouped matmul with the steps between them as they are, unpermute."""
+    tokens, indices = _origin(view, chain)
+    weights = tuple(dict.fromkeys(p.weight for p in chain.products))
+    inputs = tuple(dict.fromkeys((tokens, indices, *weights, *chain.gathered.values(), *chain.vectors)))
+    inner = {n for p in chain.products for n in p.nodes} | chain.steps | set(chain.gathered)
+    allowed = inner | _path(chain.slots, tokens) | _path(chain.ids, indices)
+    found = algebra.between(view, [chain.out], inputs, lambda n: n in allowed or _path_twin(view, n, chain))
+    if found.stopped is not None:
+        return Miss(name, chain.out, f"{name}.between", f"{found.stopped.name} stands between the experts' matmuls")
+    writers = [n for n in chain.steps if d.mutates(n)]
+    sources = [n for w in writers for n in w.all_input_nodes if n in inner]
+    more = algebra.between(view, [chain.out, *sources], inputs, lambda n: n in allowed or _path_twin(view, n, chain))
+    nodes = tuple(sorted({*more.nodes, *writers}, key=view.position.__getitem__))
+    emit = _emit(chain, tokens, indices, matmul)
+    value = d.tensor(indices)
+    assert value is not None
+    params = {"experts": str(_shape(weights[0])[0]), "rows": "gathered weights", "matmuls": str(len(chain.products))}
+    return Site(
+        name, chain.out, inputs, nodes, (Form("rows by expert", emit, (trained,)),), chain.products[0].nodes[0], params,
+        twins=more.twins, probes={indices: experts.indices_probe(weights[0])}, pool=(ROWS, EXPERTS, 3, 16),
+        sizes=_sizes(tokens, indices, weights), facts={"kept": 0, "sums": True},
+    )  # fmt: skip
+
+
+def _shape(node: Node) -> Any:
+    found = d.tensor(node)
+    assert found is not None
+    return found.shape
+
+
+def _origin(view: View, chain: Chain) -> tuple[Node, Node]:
+    """tokens [T, H] and indices [T, k] where the slots are the tokens, k times each; else slots and ids."""
+    indices = chain.ids
+    while indices.op.startswith("call") and d.name(indices) in ("view", "reshape", "flatten"):
+        if not isinstance(indices.args[0], Node) or d.tensor(indices.args[0]) is None:
+            break
+        indices = indices.args[0]
+    if len(_shape(indices)) != 2:
+        return chain.slots, chain.ids
+    node: Any = chain.slots
+    while isinstance(node, Node) and (value := d.tensor(node)) is not None:
+        if node is not chain.slots and value.dim() == 2 and same_size(value.shape[0], _shape(indices)[0]):
+            return node, indices
+        if not node.op.startswith("call") or d.name(node) not in SLOTS:
+            break
+        node = node.args[0]
+    return chain.slots, chain.ids
+
+
+def _path(node: Node, end: Node) -> set[Node]:
+    found: set[Node] = set()
+    while node is not end and node.op.startswith("call"):
+        found.add(node)
+        node = node.args[0]  # type: ignore[assignment]
+    return found
+
+
+def _path_twin(view: View, node: Node, chain: Chain) -> bool:
+    """The same indices or slots, computed once more."""
+    return view.value_number[node] in (view.value_number[chain.ids], view.value_number[chain.slots])
+
+
+def _sizes(tokens: Node, indices: Node, weights: tuple[Node, ...]) -> dict[int, int]:
+    """Widths keep their ratios and stay multiples of what kernels ask for; few experts, rows enough for all."""
+    shapes = [_shape(tokens), _shape(indices), *(_shape(w) for w in weights)]
+    widths = [s for shape in shapes[2:] for s in shape[1:]] + [shapes[0][-1]]
+    literal = {w for w in widths if isinstance(w, int)}
+    common = math.gcd(*literal) if literal else 1
+    unit = next((common // a for a in ALIGNED if common % a == 0), 1)
+    made = {shapes[2][0]: EXPERTS} if isinstance(shapes[2][0], int) and shapes[2][0] > EXPERTS else {}
+    made |= {shapes[0][0]: ROWS} if isinstance(shapes[0][0], int) and shapes[0][0] > ROWS else {}
+    return {**made, **{w: w // unit for w in literal}}
+
+
+def _emit(chain: Chain, tokens: Node, indices: Node, matmul: Matmul) -> Callable[[Emitter, Mapping[Node, Any]], Any]:
+    ends_of = {p.out: p for p in chain.products}
+
+    def emit(e: Emitter, env: Mapping[Node, Any]) -> Any:
+        first = env[chain.products[0].weight]
+        rows, mapping = _permuted(e, env[tokens], env[indices])
+        ends = e.shared("expert_ends", (env[indices], first), lambda i, w: e.fused("expert_ends", i, w))
+        made: dict[Node, Any] = {chain.slots: rows}
+        made |= {v: env[v] for v in chain.vectors}
+        for node, source in chain.gathered.items():
+            made[node] = e.call(torch.Tensor.__getitem__, env[source], _sorted_ids(e, env[indices]))
+        for node in sorted((*ends_of, *chain.steps)):
+            if node in ends_of:
+                product = ends_of[node]
+                weight = env[product.weight]
+                weight = e.call(torch.transpose, weight, 1, 2) if product.turned else weight
+                made[node] = matmul(e, made[product.rows], weight, ends)
+                continue
+            args = torch.fx.node.map_arg(node.args, made.__getitem__)
+            made[node] = e.again(node, args, torch.fx.node.map_arg(node.kwargs, made.__getitem__))
+            if d.mutates(node):
+                made[node.args[0]] = made[node]  # type: ignore[index]
+        return e.fused("npu_moe_token_unpermute", made[chain.out], mapping)
+
+    return emit
+
+
+def _permuted(e: Emitter, tokens: Any, indices: Any) -> tuple[Any, Any]:
+    both = e.fused("npu_moe_token_permute", tokens, indices)
+    return item(e, both, 0), item(e, both, 1)
+
+
+def _sorted_ids(e: Emitter, indices: Any) -> Any:
+    def build(given: Any) -> Any:
+        flat = e.call(torch.Tensor.reshape, given, -1)
+        return item(e, e.call(torch.sort, flat), 0)
+
+    return e.shared("sorted_ids", (indices,), build)
