@@ -41,7 +41,7 @@ class Emitter(Protocol):
         """A node of the site once more, on other operands. It writes into none of them."""
 
     def shared(self, key: Hashable, values: Sequence[Any], build: Callable[..., Any]) -> Any:
-        """`build(*values)`, once per graph for the same key and values (tables of cos and sin)."""
+        """`build(*values)`, once per graph for the same key and values (tables), but for values that are written."""
 
     def filled(self, shape: Sequence[int], fill: float, like: Any, dtype: torch.dtype) -> Any:
         """A constant tensor on the device of `like`, made once per graph."""
@@ -95,6 +95,8 @@ class GraphEmitter:
         self.origin: Node | None = None
         self.made: list[Node] = []
         self.examples: dict[Hashable, Any] = {}
+        self.written: set[Node] = set()
+        """Values that the graph writes into somewhere: what is made of them depends on where it is made."""
 
     def begin(self, origin: Node) -> None:
         """The nodes made from now on stand for `origin` (its source line, its module)."""
@@ -160,6 +162,8 @@ class GraphEmitter:
         return self.call(_without_writing(node), *args, **{k: v for k, v in kwargs.items() if k != "inplace"})
 
     def shared(self, key: Hashable, values: Sequence[Any], build: Callable[..., Any]) -> Any:
+        if any(v in self.written for v in values if isinstance(v, Node)):
+            return build(*values)
         full_key = (key, tuple(values))
         if full_key not in self.memo:
             latest = _latest([v for v in values if isinstance(v, Node)])

@@ -35,6 +35,7 @@ MAX_ELEMENTS = 1 << 20
 """Largest probe tensor: 8 MB in float64."""
 FLOAT64_TOLERANCE = 1e-9
 SEED = 20251125
+LARGEST_HALF = 1e4
 WITHOUT_FLOAT64: Mapping[str, Callable[..., Any]] = {"grouped_mm": grouped_mm_in_float64}
 """What torch computes in no float64: the same mathematics, written out."""
 
@@ -190,6 +191,8 @@ def _sizes(site: Site, probe: Probe) -> Sizes:
         sizes = choose_sizes(tensors, kept, site.pool or probe.pool, shrink, alike)
         if shrink and site.sizes:
             sizes = replace(sizes, literal={**sizes.literal, **site.sizes})
+        if site.ranges:
+            sizes = replace(sizes, ranges={n: sizes.of(a) * sizes.of(b) for n, (a, b) in site.ranges.items()})
         for node in tensors:
             elements = torch.Size(sizes.shape(d.tensor(node).shape)).numel()  # type: ignore[union-attr]
             if elements > MAX_ELEMENTS:
@@ -242,6 +245,8 @@ def _scalar(node: Node, probe: Probe, sizes: Sizes, index: int) -> Any:
 def _values(shape: tuple[int, ...], dtype: torch.dtype, probe: Probe, weight: bool, generator: Any) -> torch.Tensor:
     scale = probe.weights if weight else probe.scale
     real = dtype if not dtype.is_complex else torch.float64
+    if dtype == torch.float16:
+        scale = min(scale, LARGEST_HALF)  # finite, and too large to square
     filled = torch.randn(shape, generator=generator, dtype=torch.float64) * scale
     if dtype.is_complex:
         imaginary = torch.randn(shape, generator=generator, dtype=torch.float64) * scale
@@ -396,6 +401,7 @@ def _measure(exact: torch.Tensor, before: torch.Tensor, after: torch.Tensor, pro
     if bool((torch.isfinite(before) & ~torch.isfinite(after)).any()):
         raise _Fails("no less accurate: the fused form overflows where the original does not")
     errors.overflow_avoided |= bool((~torch.isfinite(before) & torch.isfinite(after)).any())
+    errors.overflow_avoided |= bool((_lost(exact, before) & ~_lost(exact, after)).any())
     if not probe.judge_accuracy or not bool(usable.any()):
         return
     row = exact.abs().nan_to_num(0.0, 0.0, 0.0).amax(-1, keepdim=True) if exact.dim() else exact.abs()
@@ -407,6 +413,11 @@ def _measure(exact: torch.Tensor, before: torch.Tensor, after: torch.Tensor, pro
     errors.fused = max(errors.fused, float(right.max()))
     errors.original_sum += float(left.mean())
     errors.fused_sum += float(right.mean())
+
+
+def _lost(exact: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    """Elements that are off by half their size: something before them overflowed to infinity and came back as 0."""
+    return (value.double() - exact).abs() > 0.5 * exact.abs().clamp_min(torch.finfo(value.dtype).smallest_normal)
 
 
 def _only_sums_otherwise(site: Site, dtype: torch.dtype, errors: _Errors) -> bool:

@@ -39,6 +39,8 @@ class Sizes:
     literal: Mapping[int, int] = field(default_factory=dict)
     symbols: Mapping[sympy.Symbol, int] = field(default_factory=dict)
     kept: int = 1
+    ranges: Mapping[int, int] = field(default_factory=dict)
+    """New lengths of `arange`."""
 
     def of(self, size: Any, feature: bool = False) -> int:
         if isinstance(size, torch.SymInt):
@@ -143,11 +145,14 @@ def resized(node: Node, env: Mapping[Node, Any], sizes: Sizes) -> tuple[tuple[An
     args = tuple(look_up(a) for a in node.args)
     kwargs = {k: look_up(v) for k, v in node.kwargs.items()}
     fix = _FIXES.get(name)
-    if fix is None:
+    if fix is None and name != "arange":
         return args, kwargs
     source, result = d.tensor(node.args[0]) if node.args else None, d.tensor(node)
+    if name == "arange":
+        return tuple(sizes.ranges.get(a, a) if isinstance(a, int) else a for a in args), kwargs
     if source is None or not isinstance(args[0], (torch.Tensor, _HasShape)):
         return args, kwargs
+    assert fix is not None
     fixed: tuple[tuple[Any, ...], dict[str, Any]] = fix(args, kwargs, source, result, sizes)
     return fixed
 
@@ -311,6 +316,28 @@ def _chunking(args: Any, kwargs: Any, source: Any, result: Any, sizes: Sizes) ->
     return _splitting(args, kwargs, source, result, sizes)
 
 
+def _counting(args: Any, kwargs: Any, source: Any, result: Any, sizes: Sizes) -> Any:
+    """`histc` with one bin for each expert."""
+    given = dict(zip(("bins", "min", "max"), args[1:], strict=False)) | kwargs
+    bins = given.get("bins", 100)
+    if bins not in sizes.literal:
+        return args, kwargs
+    if given.get("min") != 0 or given.get("max") != bins - 1:
+        raise CannotShrink("bins of other values than indices")
+    return args[:1], {"bins": sizes.literal[bins], "min": 0, "max": sizes.literal[bins] - 1}
+
+
+def _counting_all(args: Any, kwargs: Any, source: Any, result: Any, sizes: Sizes) -> Any:
+    if kwargs.get("minlength") in sizes.literal:
+        return args, {**kwargs, "minlength": sizes.literal[kwargs["minlength"]]}
+    return args, kwargs
+
+
+def _dividing(args: Any, kwargs: Any, source: Any, result: Any, sizes: Sizes) -> Any:
+    """The token of a slot: slots by experts of each."""
+    return (args[0], sizes.literal.get(args[1], args[1]) if isinstance(args[1], int) else args[1], *args[2:]), kwargs
+
+
 def _repeating(args: Any, kwargs: Any, source: Any, result: Any, sizes: Sizes) -> Any:
     """Rows repeated k times, k being the size of another dimension (a token's experts)."""
     repeats = args[1] if len(args) > 1 else kwargs.get("repeats")
@@ -334,5 +361,6 @@ _FIXES: dict[str, Callable[..., Any]] = {
     "view": _view, "reshape": _view, "expand": _expand, "broadcast_to": _expand, "getitem": _index,
     "chunk": _chunking, "split": _splitting, "unsafe_split": _splitting, "unsafe_chunk": _chunking,
     "repeat_interleave": _repeating, "tensor_split": _splitting, "slice": _selecting,
-    "narrow": _selecting, "select": _selecting,
+    "narrow": _selecting, "select": _selecting, "histc": _counting, "bincount": _counting_all,
+    "floordiv": _dividing, "floor_divide": _dividing,
 }  # fmt: skip

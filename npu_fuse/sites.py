@@ -66,6 +66,8 @@ class Site:
     """Sizes that the proof shrinks to, where a kernel asks for aligned ones."""
     sizes: Mapping[int, int] = field(default_factory=dict)
     """Literal sizes that shrink together: a gated projection stays twice as wide as what follows it."""
+    ranges: Mapping[int, tuple[Any, Any]] = field(default_factory=dict)
+    """Literal lengths of ranges, each as the product of two sizes of inputs."""
     facts: Mapping[str, Any] = field(default_factory=dict)
     """What targets ask: dtype, gamma, operands that have to be concatenated…"""
 

@@ -145,10 +145,11 @@ def ulps(error: torch.Tensor, exact: torch.Tensor, dtype: torch.dtype, rowwise: 
 @dataclass(frozen=True)
 class Bound:
     """Ulps beyond eager's own error, and the share of elements that may be off by a step of what is computed
-    in float8 (a value on the edge of two steps takes the other one)."""
+    in float8 (a value on the edge of two steps takes the other one). Each derivative rounds once more."""
 
     slack: Mapping[torch.dtype, float]
     flips: float = 0.0
+    derivatives: int = 1
 
 
 EXACT_SITE = Bound(SLACK)
@@ -160,6 +161,7 @@ def judge(what: str, exact: Any, eager: Any, fused: Any, gradient: bool = False,
     Of a gradient only what is finite in eager is compared: x / (1 + exp(-x)) has none where silu has one.
     """
     slack, rowwise = (GRADIENT_SLACK, False) if gradient else (bound.slack, True)
+    allowed = slack.get(eager.dtype, 0.0) * (bound.derivatives if gradient else 1) if hasattr(eager, "dtype") else 0.0
     if not isinstance(eager, torch.Tensor):
         if eager != fused:
             raise Mismatch(f"{what}: {fused!r} instead of {eager!r}")
@@ -177,7 +179,8 @@ def judge(what: str, exact: Any, eager: Any, fused: Any, gradient: bool = False,
     finite = torch.isfinite(eager)
     if bool((finite & ~torch.isfinite(fused)).any()):
         raise Mismatch(f"{what}: not finite where eager is")
-    lost = ~finite & ~torch.isfinite(exact) & (not gradient)
+    # Infinity or NaN in eager: by overflow alone where float64 rounds to what fused gives.
+    lost = ~finite & ~torch.isfinite(exact) & (not gradient) & (exact.to(eager.dtype) != fused)
     if not torch.equal(eager[lost].isnan(), fused[lost].isnan()):
         raise Mismatch(f"{what}: NaN for infinity or the reverse")
     if bool(torch.isfinite(fused[lost]).any()):
@@ -188,7 +191,7 @@ def judge(what: str, exact: Any, eager: Any, fused: Any, gradient: bool = False,
     before = ulps((eager.double() - exact).abs(), exact, eager.dtype, rowwise)[usable]
     after = ulps((fused.double() - exact).abs(), exact, eager.dtype, rowwise)[usable]
     largest = float(after.quantile(1 - bound.flips) if bound.flips else after.max())
-    if largest > float(before.max()) + slack[eager.dtype]:
+    if largest > float(before.max()) + allowed:
         raise Mismatch(f"{what}: error {largest:.2f} ulp, eager's is {float(before.max()):.2f} ulp")
     if eager.dtype is not F32 and not bound.flips and float(after.mean()) > 1.1 * float(before.mean()) + 0.05:
         raise Mismatch(f"{what}: mean error {float(after.mean()):.3f} ulp, eager's {float(before.mean()):.3f} ulp")

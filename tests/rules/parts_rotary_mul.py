@@ -116,6 +116,8 @@ NAMED: tuple[Program, ...] = tuple(
         "tables cast late": "cos = torch.cat((a, a), -1).cos().to(x.dtype); sin = torch.cat((a, a), -1).sin().to(x.dtype); rot = torch.cat((-x[..., 8:], x[..., :8]), -1)\nx * cos + rot * sin",
         "gathered tables": "i = torch.arange(5, device=x.device); cos = C[0][i]; sin = S[0][i]; rot = torch.cat((-x[..., 8:], x[..., :8]), -1)\nx * cos + rot * sin",
         "written over afterwards": "rot = torch.cat((-x[..., 8:], x[..., :8]), -1); y = x * C[:, None] + rot * S[:, None]; y *= 2\ny",
+        "table written before": "S.mul_(0.5); rot = torch.cat((-x[..., 8:], x[..., :8]), -1)\nx * C[:, None] + rot * S[:, None]",
+        "view of a table written before": "p = c.sign()[:, None]; p.mul_(2); q = s[:, None]; x1 = x[..., :8]; x2 = x[..., 8:]\ntorch.cat((x1 * p - x2 * q, x2 * p + x1 * q), -1)",
         "signed tables": "sin = torch.cat((-s, s), -1)[:, None]; cos = torch.cat((c, c), -1)[:, None]\nx * cos + torch.roll(x, 8, -1) * sin",
         "swapped halves, signed tables": "sin = torch.cat((-s, s), -1)[:, None]; cos = torch.cat((c, c), -1)[:, None]; t = torch.cat((x[..., 8:], x[..., :8]), -1)\nx * cos + t * sin",
     }.items()

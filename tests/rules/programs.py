@@ -43,7 +43,7 @@ class Program:
         """
         copies = ".double().clone()" if dtype is not torch.float32 else ".double()"
         text = re.sub(r"\.float\(\)", copies, self.text)
-        text = re.sub(r"(\.half\(\)|\.bfloat16\(\)|\.to\(torch\.float16\))", r"\1.double()", text)
+        text = re.sub(r"(\.half\(\)|\.bfloat16\(\)|\.(?:to|type)\([^()]*torch\.float16[^()]*\))", r"\1.double()", text)
         text = re.sub(r"torch\.(float32|bfloat16)\b", "torch.float64", text)
         text = re.sub(r"Tensor\.float\b", "Tensor.double", text)
         return compiled(text, f"{self.name} in float64")

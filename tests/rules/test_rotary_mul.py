@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import pytest
 
+from npu_fuse.report import Status
+
 from . import near, parts_rotary_mul
 from .helpers import MODES, NEAR_MODES, assert_one_fused, modes_of, sites, through_torch_compile
 from .near_rotary_mul import GUARDED, NEAR_MISSES
+from .programs import program
 
 SPELLINGS = (*parts_rotary_mul.NAMED, *parts_rotary_mul.combined(96))
 
@@ -17,6 +20,18 @@ def test_respelling_fuses(index):
     for mode in modes_of(index, spelling in parts_rotary_mul.NAMED):
         reports = through_torch_compile(spelling, mode, parts_rotary_mul.inputs(mode.dtype))
         assert_one_fused(reports, {"rotary_mul"})
+
+
+def test_a_table_written_between_two_rotations():
+    text = (
+        "r = torch.cat((-x[..., 8:], x[..., :8]), -1); y = x * C[:, None] + r * S[:, None]; C.mul_(2)\n"
+        "z = x * 2; q = torch.cat((-z[..., 8:], z[..., :8]), -1)\n"
+        "y, z * C[:, None] + q * S[:, None]"
+    )
+    reports = through_torch_compile(
+        program("", parts_rotary_mul.INPUTS, text), MODES[2], parts_rotary_mul.inputs(MODES[2].dtype)
+    )
+    assert [s.status for s in sites(reports)] == [Status.FUSED] * 2
 
 
 @pytest.mark.parametrize("spelling", parts_rotary_mul.LEFT_ALONE, ids=lambda spelling: spelling.name)

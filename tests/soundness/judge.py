@@ -115,11 +115,21 @@ def _one_call(mutant: Mutant, function: Callable[..., Any], inputs: Inputs, verd
     except Exception as error:
         return f"raises {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
     try:
-        compare_outcomes(exact, eager, fused, Bound(SLACK, 0.1 if "float8" in mutant.program.text else 0.0))
-        _compare_directly(exact, eager, fused, mutant.dtype)
+        flips = 0.1 if "float8" in mutant.program.text else 0.0
+        compare_outcomes(exact, eager, fused, Bound(SLACK, flips, 2 if second else 1))
+        _compare_directly(exact, eager, fused, _coarsest(mutant))
     except Mismatch as problem:
         return str(problem)
     return ""
+
+
+def _coarsest(mutant: Mutant) -> torch.dtype:
+    """The dtype with the largest steps that the mutant rounds to (float8 apart)."""
+    text = mutant.program.text
+    found = {mutant.dtype}
+    found |= {torch.float16} if "float16" in text.replace("bfloat16", "") or "half()" in text else set()
+    found |= {torch.bfloat16} if "bfloat16" in text else set()
+    return max(found, key=lambda dtype: torch.finfo(dtype).eps)
 
 
 def _compare_directly(exact: Outcome, eager: Outcome, fused: Outcome, coarsest: torch.dtype) -> None:
