@@ -56,14 +56,14 @@ def chains(view: View) -> list[Chain]:
         if product is None:
             continue
         current = found[-1] if found else None
-        if current is not None and view.vn(current.ids) == view.vn(product.ids) and _continues(view, current, product):
+        if current is not None and view.vn(current.ids) == view.vn(product.ids) and continues(view, current, product):
             current.products.append(product)
         else:
             found.append(Chain(product.rows, product.ids, [product]))
     return found
 
 
-def gathered_by(view: View, node: Any) -> tuple[Node, Node] | None:
+def gathered_by(node: Any) -> tuple[Node, Node] | None:
     """(P, ids) of `P[ids]`, ids a vector of integers."""
     if not isinstance(node, Node) or not node.op.startswith("call"):
         return None
@@ -100,7 +100,7 @@ def product_of(view: View, node: Node) -> Product | None:
             inner.append(matrix)
             turned = not turned
             matrix = matrix.args[0]
-        gathered = gathered_by(view, matrix)
+        gathered = gathered_by(matrix)
         if gathered is None or not isinstance(row, Node) or not isinstance(matrix, Node):
             continue
         weight = d.tensor(gathered[0])
@@ -147,7 +147,7 @@ def _sole_flattening(node: Node) -> Node | None:
     return users[0]
 
 
-def _continues(view: View, chain: Chain, product: Product) -> bool:
+def continues(view: View, chain: Chain, product: Product) -> bool:
     """The product's rows are computed row by row from what the chain has; then its steps become the chain's."""
     steps: set[Node] = set()
     gathered, vectors = dict(chain.gathered), dict(chain.vectors)
@@ -165,7 +165,7 @@ def _continues(view: View, chain: Chain, product: Product) -> bool:
         if kind == "vector":
             vectors[node] = None
         elif kind == "gathered":
-            found = gathered_by(view, node)
+            found = gathered_by(node)
             assert found is not None
             gathered[node] = found[0]
         else:
@@ -196,7 +196,7 @@ def add_in_place(view: View, chain: Chain, inside: set[Node], limit: int) -> Non
             if writer.args and writer.args[0] in inside and d.name(writer) in d.POINTWISE:
                 others = [a for a in writer.args[1:] if isinstance(a, Node)]
                 for other in others:
-                    found = gathered_by(view, other)
+                    found = gathered_by(other)
                     if found is not None and view.vn(found[1]) == view.vn(chain.ids):
                         chain.gathered[other] = found[0]
                     elif _is_vector(other):
@@ -208,7 +208,7 @@ def add_in_place(view: View, chain: Chain, inside: set[Node], limit: int) -> Non
 
 def _kind(view: View, chain: Chain, node: Node, rows: Node) -> str:
     """step, gathered, vector, or "" for what ties rows together or comes from elsewhere."""
-    found = gathered_by(view, node)
+    found = gathered_by(node)
     if found is not None and view.vn(found[1]) == view.vn(chain.ids):
         value = d.tensor(found[0])
         return "gathered" if value is not None and value.dim() == 2 else ""

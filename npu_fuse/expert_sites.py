@@ -12,8 +12,9 @@ from torch.fx import Node
 from npu_fuse import algebra, experts
 from npu_fuse import dialect as d
 from npu_fuse.emit import Emitter, item
+from npu_fuse.expert_blocks import Block, ranges
 from npu_fuse.expert_rows import Chain
-from npu_fuse.sites import Form, Miss, Site
+from npu_fuse.sites import Emit, Form, Miss, Site
 from npu_fuse.view import View, same_size
 
 ROWS, EXPERTS, ALIGNED = 96, 6, (16, 8)
@@ -97,31 +98,60 @@ def _sizes(tokens: Node, indices: Node, weights: tuple[Node, ...]) -> dict[int, 
     return {**made, **{w: w // unit for w in literal}}
 
 
-def _emit(chain: Chain, tokens: Node, indices: Node, matmul: Matmul) -> Callable[[Emitter, Mapping[Node, Any]], Any]:
-    ends_of = {p.out: p for p in chain.products}
+def block_site(view: View, name: str, block: Block, matmul: Matmul, trained: bool) -> Site:
+    """From tokens, indices and routing weights to the sum of a token's experts."""
+    chain = block.chain
+    weights = tuple(dict.fromkeys(p.weight for p in chain.products))
+    rows, output = d.tensor(chain.out), d.tensor(block.output)
+    assert rows is not None and output is not None
 
     def emit(e: Emitter, env: Mapping[Node, Any]) -> Any:
-        first = env[chain.products[0].weight]
-        rows, mapping = _permuted(e, env[tokens], env[indices])
-        ends = e.shared("expert_ends", (env[indices], first), lambda i, w: e.fused("expert_ends", i, w))
-        made: dict[Node, Any] = {chain.slots: rows}
-        made |= {v: env[v] for v in chain.vectors}
-        for node, source in chain.gathered.items():
-            made[node] = e.call(torch.Tensor.__getitem__, env[source], _sorted_ids(e, env[indices]))
-        for node in sorted((*ends_of, *chain.steps)):
-            if node in ends_of:
-                product = ends_of[node]
-                weight = env[product.weight]
-                weight = e.call(torch.transpose, weight, 1, 2) if product.turned else weight
-                made[node] = matmul(e, made[product.rows], weight, ends)
-                continue
-            args = torch.fx.node.map_arg(node.args, made.__getitem__)
-            made[node] = e.again(node, args, torch.fx.node.map_arg(node.kwargs, made.__getitem__))
-            if d.mutates(node):
-                made[node.args[0]] = made[node]  # type: ignore[index]
-        return e.fused("npu_moe_token_unpermute", made[chain.out], mapping)
+        made, mapping = _experts(e, env, chain, block.tokens, block.indices, matmul)
+        y = e.fused("npu_moe_token_unpermute", made, mapping, env[block.probs])
+        return e.cast(y, output.dtype)
+
+    params = {"experts": str(_shape(weights[0])[0]), "k": str(_shape(block.indices)[1]),
+              "matmuls": str(len(chain.products))}  # fmt: skip
+    return Site(
+        name, block.output, block.inputs, block.nodes, (Form("permute and unpermute", emit, (trained,)),),
+        chain.products[0].out, params, twins=block.twins,
+        probes={block.indices: experts.indices_probe(weights[0])}, pool=(ROWS, EXPERTS, 3, 16),
+        sizes=_sizes(block.tokens, block.indices, weights), ranges=ranges(block), facts={"kept": 0, "sums": True},
+    )  # fmt: skip
+
+
+def _emit(chain: Chain, tokens: Node, indices: Node, matmul: Matmul) -> Emit:
+    def emit(e: Emitter, env: Mapping[Node, Any]) -> Any:
+        return e.fused("npu_moe_token_unpermute", *_experts(e, env, chain, tokens, indices, matmul))
 
     return emit
+
+
+def _experts(e: Emitter, env: Mapping[Node, Any], chain: Chain, tokens: Node, indices: Node,
+             matmul: Matmul) -> tuple[Any, Any]:  # fmt: skip
+    """The chain's result on rows sorted by expert, and in which row each slot is."""
+    ends_of = {p.out: p for p in chain.products}
+    first = env[chain.products[0].weight]
+    rows, mapping = _permuted(e, env[tokens], env[indices])
+    slots = d.tensor(chain.slots)
+    assert slots is not None
+    ends = e.shared("expert_ends", (env[indices], first), lambda i, w: e.fused("expert_ends", i, w))
+    made: dict[Node, Any] = {chain.slots: e.cast(rows, slots.dtype)}
+    made |= {v: env[v] for v in chain.vectors}
+    for node, source in chain.gathered.items():
+        made[node] = e.call(torch.Tensor.__getitem__, env[source], _sorted_ids(e, env[indices]))
+    for node in sorted((*ends_of, *chain.steps)):
+        if node in ends_of:
+            product = ends_of[node]
+            weight = env[product.weight]
+            weight = e.call(torch.transpose, weight, 1, 2) if product.turned else weight
+            made[node] = matmul(e, made[product.rows], weight, ends)
+            continue
+        args = torch.fx.node.map_arg(node.args, made.__getitem__)
+        made[node] = e.again(node, args, torch.fx.node.map_arg(node.kwargs, made.__getitem__))
+        if d.mutates(node):
+            made[node.args[0]] = made[node]  # type: ignore[index]
+    return made[chain.out], mapping
 
 
 def _permuted(e: Emitter, tokens: Any, indices: Any) -> tuple[Any, Any]:

@@ -33,6 +33,25 @@ def grouped_mm_in_float64(x: torch.Tensor, weight: torch.Tensor, offs: torch.Ten
     return torch.where(inside.unsqueeze(1), y, torch.zeros_like(y))
 
 
+def arguments(node: Node) -> tuple[Node, Node, Node] | None:
+    """x [S, K], weight [E, K, N] and ends of groups [E] of a call with torch's arguments, and nothing else."""
+
+    def argument(index: int, *names: str) -> Any:
+        if len(node.args) > index:
+            return node.args[index]
+        return next((node.kwargs[n] for n in names if n in node.kwargs), None)
+
+    x, weight = argument(0, "input", "self", "mat_a"), argument(1, "weight", "mat2", "mat_b")
+    ends, bias = argument(2, "offs"), argument(3, "bias")
+    value, other, groups = d.tensor(x), d.tensor(weight), d.tensor(ends)
+    if value is None or other is None or groups is None or (value.dim(), other.dim(), groups.dim()) != (2, 3, 1):
+        return None
+    dtype = argument(4, "out_dtype")
+    if bias is not None or value.dtype != other.dtype or dtype not in (None, value.dtype):
+        return None
+    return x, weight, ends
+
+
 def ends_probe(x: Node, covers_all: bool) -> MakeInput:
     """Ends of groups over the rows of `x`: empty experts, all rows to one, and rows of no expert if allowed."""
 

@@ -18,8 +18,6 @@ from torch.fx import Node
 from npu_fuse import dialect as d
 from npu_fuse import experts, ops
 from npu_fuse.emit import Emitter, item
-from npu_fuse.expert_rows import Chain, chains
-from npu_fuse.expert_sites import site_of
 from npu_fuse.report import Status
 from npu_fuse.sites import Form, Miss, Refusal, Rule, Site
 from npu_fuse.targets import Target
@@ -181,34 +179,17 @@ ops.define(
 
 
 def recognise(view: View) -> list[Site | Miss]:
-    calls = [_site(view, n) for n in view.nodes if n.op.startswith("call") and d.name(n) in SPELLINGS]
-    return [*calls, *(_gathered(view, chain) for chain in chains(view))]
-
-
-def _gathered(view: View, chain: Chain) -> Site | Miss:
-    """Each slot with a weight of its own (`bmm(W[ids], x)`): sorted by expert they are grouped matmuls."""
-    result = d.tensor(chain.out)
-    trained = result is not None and result.requires_grad
-
-    def matmul(e: Emitter, rows: Any, weight: Any, ends: Any) -> Any:
-        return _call(e, rows, weight, ends, trained, zero_rest=False)
-
-    return site_of(view, NAME, chain, matmul, trained)
+    return [_site(view, n) for n in view.nodes if n.op.startswith("call") and d.name(n) in SPELLINGS]
 
 
 def _site(view: View, node: Node) -> Site | Miss:
-    x = _argument(node, 0, "input", "self", "mat_a")
-    weight = _argument(node, 1, "weight", "mat2", "mat_b")
-    ends = _argument(node, 2, "offs")
-    value, other, groups, result = d.tensor(x), d.tensor(weight), d.tensor(ends), d.tensor(node)
-    if value is None or other is None or groups is None or result is None or (value.dim(), other.dim()) != (2, 3):
-        return Miss(NAME, node, "grouped_matmul.rank", "only rows [S, K] by weights [E, K, N] with offsets are fused")
-    if node.kwargs.get("bias") is not None or len(node.args) > 3:
-        return Miss(NAME, node, "grouped_matmul.bias", "a bias inside the call")
-    dtype = node.kwargs.get("out_dtype")
-    if value.dtype != other.dtype or dtype not in (None, value.dtype):
-        return Miss(NAME, node, "grouped_matmul.dtype", f"{value.dtype} by {other.dtype} to {dtype or value.dtype}")
-    assert isinstance(x, Node) and isinstance(weight, Node) and isinstance(ends, Node)
+    arguments, result = experts.arguments(node), d.tensor(node)
+    if arguments is None or result is None:
+        reason = "only rows [S, K] by weights [E, K, N] of one dtype, with ends of groups and no bias, are fused"
+        return Miss(NAME, node, "grouped_matmul.arguments", reason)
+    x, weight, ends = arguments
+    value, other = d.tensor(x), d.tensor(weight)
+    assert value is not None and other is not None
     full = experts.covers_all_rows(view, ends, value.shape[0])
     zero_rest = SPELLINGS[d.name(node)] and not full
     trained = result.requires_grad
@@ -226,12 +207,6 @@ def _site(view: View, node: Node) -> Site | Miss:
     )  # fmt: skip
 
 
-def _argument(node: Node, index: int, *names: str) -> Any:
-    if len(node.args) > index:
-        return node.args[index]
-    return next((node.kwargs[n] for n in names if n in node.kwargs), None)
-
-
 def _kernel_layout(weight: torch.Tensor) -> str:
     """How [E, K, N] lies in memory, where the NPU's kernel reads it as it is; "" where it is copied."""
     if weight.is_contiguous():
@@ -244,12 +219,12 @@ def _emit(x: Node, weight: Node, ends: Node, trained: bool, zero_rest: bool) -> 
         groups = env[ends]
         if e.target.name == "npu":
             groups = e.shared("grouped_matmul.ends", (groups,), lambda g: e.call(torch.Tensor.to, g, torch.int64))
-        return _call(e, env[x], env[weight], groups, trained, zero_rest)
+        return call(e, env[x], env[weight], groups, trained, zero_rest)
 
     return emit
 
 
-def _call(e: Emitter, rows: Any, weight: Any, ends: Any, trained: bool, zero_rest: bool) -> Any:
+def call(e: Emitter, rows: Any, weight: Any, ends: Any, trained: bool, zero_rest: bool) -> Any:
     """The NPU's own op in inference; with a gradient, or zeros to write, ours around it."""
     if e.target.name == "npu":
         rows = e.dense(rows)
@@ -285,4 +260,4 @@ def _refused(code: str, reason: str) -> Refusal:
     return Refusal(Status.REFUSED_BY_TARGET, f"grouped_matmul.{code}", reason)
 
 
-RULE = Rule(NAME, recognise, limits, first=True)
+RULE = Rule(NAME, recognise, limits, order=15)

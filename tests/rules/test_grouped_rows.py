@@ -142,8 +142,8 @@ def compiled(program: Program, given: Inputs, mode: Mode, **options: Any) -> lis
 
 def check(program: Program, given: Inputs, mode: Mode) -> None:
     # What is inside the experts stays as it was written: only the order of the rows is judged here.
-    reports = compiled(program, given, mode, fuse=["grouped_matmul"])
-    found = sites_of(reports, "grouped_matmul")
+    reports = compiled(program, given, mode, fuse=["moe_routing"])
+    found = sites_of(reports, "moe_routing")
     assert [(s.status, s.params["matmuls"]) for s in found] == [(Status.FUSED, "2")], described(reports)
 
 
@@ -181,15 +181,15 @@ def test_routing(route: str) -> None:
 @pytest.mark.parametrize("mode", [Mode(F32, True), Mode(BF16, False)], ids=str)
 @pytest.mark.parametrize("change", ["rows", "softmax", "shift"])
 def test_rows_that_are_tied_together_are_no_chain(change: str, mode: Mode) -> None:
-    reports = compiled(block(between=change), inputs(mode.dtype), mode, fuse=["grouped_matmul"])
-    assert all(s.params["matmuls"] == "1" for s in sites_of(reports, "grouped_matmul")), described(reports)
+    reports = compiled(block(between=change), inputs(mode.dtype), mode, fuse=["moe_routing"])
+    assert all(s.params["matmuls"] == "1" for s in sites_of(reports, "moe_routing")), described(reports)
 
 
 @pytest.mark.parametrize("mode", [Mode(F32, True), Mode(BF16, False)], ids=str)
 @pytest.mark.parametrize("change", ["flipped", "next"])
 def test_other_experts_for_the_second_product_are_no_chain(change: str, mode: Mode) -> None:
-    reports = compiled(block(second=change), inputs(mode.dtype), mode, fuse=["grouped_matmul"])
-    assert all(s.params["matmuls"] == "1" for s in sites_of(reports, "grouped_matmul")), described(reports)
+    reports = compiled(block(second=change), inputs(mode.dtype), mode, fuse=["moe_routing"])
+    assert all(s.params["matmuls"] == "1" for s in sites_of(reports, "moe_routing")), described(reports)
 
 
 @pytest.mark.parametrize("act", ["silu", "clamped"])
@@ -197,14 +197,14 @@ def test_gates_between_the_experts_are_fused_next(act: str) -> None:
     """And know that they are trained: the NPU's clipped gate has no backward."""
     reports = compiled(block(act), inputs(F32, act), Mode(F32, True))
     ops = sorted(s.op for s in sites_of(reports) if s.status is Status.FUSED)
-    assert ops == sorted(["grouped_matmul", "swiglu" if act == "silu" else "clipped_swiglu"]), described(reports)
+    assert ops == sorted(["moe_routing", "swiglu" if act == "silu" else "clipped_swiglu"]), described(reports)
 
 
 def site(bias: str = "") -> Site:
     found: list[Site] = []
 
     def keep(gm: torch.fx.GraphModule, _: Any) -> Any:
-        rule = next(r for r in RULES if r.name == "grouped_matmul")
+        rule = next(r for r in RULES if r.name == "moe_routing")
         found.extend(s for s in rule.recognise(view_of(gm.graph)) if isinstance(s, Site))
         return gm.forward
 
