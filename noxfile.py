@@ -6,6 +6,7 @@ Without `--no-venv` every session gets an environment of its own, with its own t
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import nox
@@ -16,6 +17,17 @@ nox.options.stop_on_first_error = False
 
 TORCH = "2.13.0"
 OLDEST_TORCH = "2.10.0"
+TORCH_NPU = json.loads(Path("tests/npu_host/releases.json").read_text())
+TORCH_VERSION = "import importlib.metadata as m; print(m.version('torch'))"
+QUICK = (
+    "test_ops.py",
+    "test_stand_in.py",
+    "test_limits.py::test_each_limit",
+    "test_limits.py::test_old_chips",
+    *(f"test_handoff.py::test_inference[{name}-llama-bfloat16]" for name in ("aot_eager", "npugraph_ex", "npugraphs")),
+    *(f"test_handoff.py::test_training[{name}-llama-bfloat16]" for name in ("aot_eager", "npugraph_ex")),
+    "test_handoff.py::test_replay_sees_weights_changed_in_place",
+)
 PARALLEL = ("-n", "auto", "--maxprocesses", "4", "--dist", "loadgroup")
 
 
@@ -64,14 +76,30 @@ def zoo(session: nox.Session) -> None:
 
 
 @nox.session
-def real_wheel(session: nox.Session) -> None:
+@nox.parametrize("release", [nox.param(release, id=release) for release in TORCH_NPU])
+def real_wheel(session: nox.Session, release: str) -> None:
     """Every op that npu_fuse emits, in the unmodified torch_npu wheel on a stand-in for the NPU.
 
-    The wheel and the stand-in (built with the system's compiler) stay in .npu_host, out of the environment.
+    `-s "real_wheel(2.14.0)"` for one release. The wheel and the stand-in (built with the system's compiler)
+    stay in .npu_host, out of the environment.
     """
+    prepare(session, TORCH_NPU[release])
+    installed = session.run("python", "-c", TORCH_VERSION, silent=True) or ""
+    if installed.split(".")[:2] != release.split(".")[:2]:
+        session.skip(f"torch_npu {release} needs torch {TORCH_NPU[release]}, installed is {installed.strip()}")
+    run_real_wheel(session, session.posargs or ["tests/conformance"], {"NPU_HOST_RELEASE": release})
+
+
+@nox.session
+def real_wheel_quick(session: nox.Session) -> None:
+    """Schemas, meta kernels, gradients and limits, and a llama through each hand-off, on the wheel for this torch."""
     prepare(session)
-    tests = session.posargs or ["tests/conformance"]
-    session.run("scripts/npu-host", "python", "-m", "pytest", "-m", "real_wheel", *tests, external=True)
+    run_real_wheel(session, [f"tests/conformance/{test}" for test in QUICK], {})
+
+
+def run_real_wheel(session: nox.Session, tests: list[str], env: dict[str, str]) -> None:
+    command = ("scripts/npu-host", "python", "-m", "pytest", "-m", "real_wheel", "--durations=5")
+    session.run(*command, *tests, env=env, external=True)
 
 
 @nox.session

@@ -1,5 +1,7 @@
 """Build the stand-in for one torch_npu wheel: `python tests/npu_host/build.py [--release 2.13.0]`.
 
+Without a release it is the one of releases.json (torch_npu release: torch release) for the torch installed.
+
 Prints the folder that holds it. Installs the unmodified wheel apart from the environment, reads from it
 which symbols no library defines, and compiles driver.cpp and kernels.cpp with the system's compiler.
 Nothing is built again while the sources, the wheel and torch stay the same.
@@ -10,6 +12,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import importlib.metadata
+import json
 import os
 import re
 import shutil
@@ -28,14 +31,27 @@ CXX = os.environ.get("CXX", "g++")
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--release", default="2.13.0", help="a torch_npu release on PyPI (default: %(default)s)")
-    print(build(parser.parse_args().release))
+    parser.add_argument("--release", help="a torch_npu release on PyPI (default: the one for this torch)")
+    print(build(parser.parse_args().release or release_for_torch()))
+
+
+def release_for_torch() -> str:
+    """The release of releases.json that was built for the torch installed."""
+    releases = json.loads((HERE / "releases.json").read_text())
+    installed = torch_version().split("+")[0]
+    for release, torch in releases.items():
+        if torch.split(".")[:2] == installed.split(".")[:2]:
+            return str(release)
+    known = ", ".join(f"{release} (torch {torch})" for release, torch in releases.items())
+    sys.exit(f"npu_host: no torch_npu release is known for torch {installed}; known are {known}.\n"
+             "Install one of these torch releases, or name a torch_npu release in NPU_HOST_RELEASE.")  # fmt: skip
 
 
 def build(release: str) -> Path:
     """The folder of the stand-in for `release`: site/ (the wheel), lib/ (the driver), kernels.so."""
     home = CACHE / f"torch_npu-{release}"
     site = home / "site"
+    check_machine(release)
     if not (site / "torch_npu").is_dir():
         install(release, site)
     sources = [HERE / name for name in ("driver.cpp", "driver.h", "kernels.cpp", "build.py")]
@@ -51,8 +67,27 @@ def build(release: str) -> Path:
 def install(release: str, site: Path) -> None:
     fresh = site.with_name("site.new")
     shutil.rmtree(fresh, ignore_errors=True)
-    run(sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", fresh, f"torch_npu=={release}")
+    pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", fresh, f"torch_npu=={release}"]
+    done = subprocess.run([str(part) for part in pip], capture_output=True, text=True, check=False)
+    if done.returncode:
+        sys.exit(
+            f"{done.stdout}{done.stderr}npu_host: pip could not get torch_npu {release} (its output is above). These "
+            f"tests need the real wheel: give pip an index that has it, or unpack it into {site}."
+        )
     fresh.rename(site)
+
+
+def check_machine(release: str) -> None:
+    """The wheel is for Linux, has CPython's version in its name, and belongs to one minor release of torch."""
+    if sys.platform != "linux":
+        sys.exit(f"npu_host: torch_npu's wheels are for Linux, this is {sys.platform}")
+    lacking = [tool for tool in (CXX, "nm") if shutil.which(tool) is None]
+    if lacking:
+        sys.exit(f"npu_host: {' and '.join(lacking)} not found; the stand-in is built with the system's compiler: "
+                 "install g++ and binutils, or name a compiler in CXX")  # fmt: skip
+    torch = torch_version()
+    if torch.split(".")[:2] != release.split(".")[:2]:
+        sys.exit(f"npu_host: torch_npu {release} was built for another torch than {torch}")
 
 
 def torch_version() -> str:
