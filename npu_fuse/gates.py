@@ -103,6 +103,9 @@ def gate_of(view: View, product: Node) -> Gate | tuple[Node, str] | None:
         found = activation_of(view, gated)
         if found is not None and view.vn(found.x) != view.vn(up):
             return _finished(view, product, found, up)
+        clamped, _, _, passed = _clamp_of(view, gated)
+        if passed and activation_of(view, clamped) is not None:
+            return product, "the activation's result is clamped, the op clamps its argument"
     return _mixed(view, product)
 
 
