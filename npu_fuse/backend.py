@@ -65,8 +65,9 @@ def plan(
         clock = time.perf_counter()
         try:
             nodes += len(module.graph.nodes)
+            view = None
             for rules in steps.turns(RULES):
-                view = view_of(module.graph)
+                view = view if view is not None else view_of(module.graph)
                 found = steps.recognise(view, rules, options, training)
                 clock = _spent(seconds, "recognise", clock)
                 steps.prove(found, rules, options, target, disk_cache(options))
@@ -74,6 +75,7 @@ def plan(
                 steps.put_in(module, view, found, target)
                 clock = _spent(seconds, "lower", clock)
                 sites += steps.site_reports(found)
+                view = None if found else view
         except Exception as fault:
             logger.debug("npu_fuse left a graph alone", exc_info=True)
             errors.append(f"{type(fault).__name__}: {fault}")

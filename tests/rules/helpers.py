@@ -144,8 +144,8 @@ def ulps(error: torch.Tensor, exact: torch.Tensor, dtype: torch.dtype, rowwise: 
 
 @dataclass(frozen=True)
 class Bound:
-    """Ulps beyond eager's own error, and the share of elements that may be off by a step of what is computed
-    in float8 (a value on the edge of two steps takes the other one). Each derivative rounds once more."""
+    """Ulps beyond eager's own error, and the share of elements that may be off by a step of what is rounded to
+    float8 or to integers (a value on the edge of two steps takes the other one). Each derivative rounds once more."""
 
     slack: Mapping[torch.dtype, float]
     flips: float = 0.0
@@ -171,6 +171,11 @@ def judge(what: str, exact: Any, eager: Any, fused: Any, gradient: bool = False,
     eager, fused = eager.detach(), fused.detach()
     if eager.is_complex():
         eager, fused, exact = (torch.view_as_real(t.detach()) for t in (eager, fused, exact))
+    if bound.flips and not eager.dtype.is_floating_point and eager.dtype is not torch.bool and eager.numel():
+        steps = (eager.long() - fused.long()).abs()
+        if int(steps.max()) > 1 or float((steps > 0).double().mean()) > bound.flips:
+            raise Mismatch(f"{what}: integers differ by {int(steps.max())}")
+        return
     if eager.dtype not in slack or eager.numel() == 0:
         if not torch.allclose(eager.double(), fused.double(), rtol=1e-9, atol=0.0, equal_nan=True):
             raise Mismatch(f"{what}: values of dtype {eager.dtype} differ")

@@ -115,7 +115,7 @@ def _one_call(mutant: Mutant, function: Callable[..., Any], inputs: Inputs, verd
     except Exception as error:
         return f"raises {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
     try:
-        flips = 0.1 if "float8" in mutant.program.text else 0.0
+        flips = 0.1 if "float8" in mutant.program.text or mutant.special == "integer" else 0.0
         compare_outcomes(exact, eager, fused, Bound(SLACK, flips, 2 if second else 1))
         _compare_directly(exact, eager, fused, _coarsest(mutant))
     except Mismatch as problem:
