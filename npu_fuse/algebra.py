@@ -228,6 +228,8 @@ def _through_layout(node: Node, passed: list[Node]) -> Node:
 def trailing_dims(node: Node, shape: torch.Size, dim: Any) -> int:
     """How many trailing dimensions a reduction runs over; `NotLast` where it is another set."""
     rank = len(shape)
+    if rank == 0:
+        raise NotLast(f"{d.name(node)} of a number")
     if dim is None:
         listed = list(range(rank))
     else:

@@ -97,6 +97,8 @@ class GraphEmitter:
         self.examples: dict[Hashable, Any] = {}
         self.written: set[Node] = set()
         """Values that the graph writes into somewhere: what is made of them depends on where it is made."""
+        self.scope: dict[Node, int] = {}
+        """Grad mode and autocast of each node, as numbers: what is made under others is something else."""
 
     def begin(self, origin: Node) -> None:
         """The nodes made from now on stand for `origin` (its source line, its module)."""
@@ -164,13 +166,16 @@ class GraphEmitter:
     def shared(self, key: Hashable, values: Sequence[Any], build: Callable[..., Any]) -> Any:
         if any(v in self.written for v in values if isinstance(v, Node)):
             return build(*values)
-        full_key = (key, tuple(values))
+        scope = self.scope.get(self.origin) if self.origin is not None else None
+        full_key = (key, tuple(values), scope)
         if full_key not in self.memo:
             latest = _latest([v for v in values if isinstance(v, Node)])
             if latest is None:
                 self.memo[full_key] = build(*values)
             else:
                 latest = _past_placeholders(latest)
+                while self.scope.get(latest, scope) != scope and latest.next is not self.origin:
+                    latest = latest.next
                 with self.graph.inserting_before(latest.next):
                     self.memo[full_key] = build(*values)
         return self.memo[full_key]

@@ -13,8 +13,9 @@ from npu_fuse import algebra
 from npu_fuse import dialect as d
 from npu_fuse import gates as g
 from npu_fuse.emit import Emitter
+from npu_fuse.halves import Halves, halves_of
 from npu_fuse.report import Status
-from npu_fuse.rotation import narrowing_tail
+from npu_fuse.rotation_forms import narrowing_tail
 from npu_fuse.sites import Emit, Form, Miss, Refusal, Site
 from npu_fuse.targets import Target
 from npu_fuse.view import View, static
@@ -30,7 +31,7 @@ def site_of(view: View, name: str, gate: g.Gate, merged: Merged, apart: Apart, i
             key: tuple[Any, ...]) -> Site | Miss:  # fmt: skip
     """A gate as a site: `merged` where both lie in one tensor, else apart or concatenated."""
     output, tail = narrowing_tail(view, gate.output)
-    halves = g.halves_of(view, gate.gate, gate.up)
+    halves = halves_of(view, gate.gate, gate.up)
     allowed = {*gate.nodes, *tail, *(halves.nodes if halves else ())}
     tensors = (halves.source,) if halves else (gate.gate, gate.up)
     inputs = tuple(dict.fromkeys((*tensors, *gate.scalars)))
@@ -62,9 +63,7 @@ def site_of(view: View, name: str, gate: g.Gate, merged: Merged, apart: Apart, i
                 facts={"kept": 1, "halves": halves, "gate": gate})  # fmt: skip
 
 
-def _merged_form(
-    halves: g.Halves, merged: Merged, interleaved_ok: bool, width: torch.dtype, result: torch.dtype
-) -> Any:
+def _merged_form(halves: Halves, merged: Merged, interleaved_ok: bool, width: torch.dtype, result: torch.dtype) -> Any:
     def emit(e: Emitter, env: Mapping[Node, Any]) -> Any:
         value = e.cast(env[halves.source], width)
         size, start = halves.width, halves.start

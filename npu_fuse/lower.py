@@ -44,6 +44,7 @@ class Lowered:
 def lower(gm: GraphModule, view: View, accepted: Sequence[Accepted], target: Target, fake_mode: Any) -> list[Lowered]:
     """Write every accepted site into the graph of `gm`, in the order of the graph."""
     emitter = GraphEmitter(gm.graph, target, fake_mode, {})
+    emitter.scope.update(view.scope)
     emitter.written.update(n for n, key in view.storage.items() if key in view.mutations)
     replaced: dict[Node, Node] = {}
     results = []
@@ -85,6 +86,7 @@ def _lower_one(emitter: GraphEmitter, view: View, entry: Accepted, replaced: dic
     for old, made in zip(outputs, new, strict=True):
         old.replace_all_uses_with(made, delete_user_cb=lambda user: user not in inner)
         replaced[old] = made
+        emitter.scope[made] = view.scope[old]
         if old in emitter.written:
             emitter.written.add(made)
         made.meta = {**old.meta, **{k: made.meta[k] for k in ("npu_fuse",) if k in made.meta}}

@@ -1,13 +1,7 @@
-"""Read a rotation off traced elements: which value is turned, by which tables, in which pairing.
-
-A region is what lies between a value and the leaves below it: movement and casts, at most one
-addition, movement, at most one product, movement. Every node in it is accounted for by that shape;
-what the movement does is read off element ids (`trace`), never off names.
-"""
+"""Read a rotation off traced elements: which value is turned, by which tables, in which pairing."""
 
 from __future__ import annotations
 
-import itertools
 import operator
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -16,27 +10,15 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from npu_fuse import algebra
 from npu_fuse import dialect as d
-from npu_fuse.emit import Emitter
 from npu_fuse.proofs import structure_key
+from npu_fuse.regions import Region
 from npu_fuse.replay import ATTEMPTS, CannotShrink, choose_sizes
 from npu_fuse.sites import Form, Site
-from npu_fuse.trace import BUFFERS, Complex, Tracer, Untraceable, trace
-from npu_fuse.view import View, same_shape, static
+from npu_fuse.trace import Complex, Tracer, Untraceable, trace
+from npu_fuse.view import View, static
 
-MAX_STEPS, MAX_NODES, MAX_ELEMENTS, MAX_WIDTH = 8, 96, 1 << 16, 2048
-
-
-@dataclass
-class Region:
-    """Nodes between `output` and `leaves`; `products` are the multiplications, with their operands."""
-
-    output: Node
-    nodes: list[Node]
-    leaves: list[Node]
-    products: list[Node]
-    sums: int = 0
+MAX_ELEMENTS, MAX_WIDTH = 1 << 16, 2048
 
 
 @dataclass(frozen=True)
@@ -70,182 +52,6 @@ class Turn:
     cos: Table
     sin: Table
     deinterleave: bool = False
-
-
-def is_anchor(view: View, node: Node) -> bool:
-    """A sum of two products below movement, or a complex product, of floating-point tensors."""
-    name = d.name(node)
-    found = d.tensor(node)
-    if found is None or found.dim() < 1:
-        return False
-    if name == "mul":
-        return found.dtype.is_complex and all(d.tensor(n) is not None for n in node.all_input_nodes)
-    if name == "sum":
-        return found.dtype.is_floating_point and _is_product(_below(d.unary(node)))
-    if name == "addcmul":
-        return found.dtype.is_floating_point and _is_product(_below(node.args[0]))
-    if name not in ("add", "sub", "rsub") or not found.dtype.is_floating_point:
-        return False
-    first, second = d.binary(node)
-    return _is_product(_below(first)) and _is_product(_below(second))
-
-
-def _below(node: Any) -> Any:
-    """Through movement and casts (the first piece of a cat)."""
-    for _ in range(MAX_STEPS):
-        if not isinstance(node, Node) or not node.op.startswith("call"):
-            return node
-        if not d.moves(node) and d.name(node) not in ("cast", "neg"):
-            return node
-        below = d.tensors_in(node)
-        if not below:
-            return node
-        node = below[0]
-    return node
-
-
-def _is_product(node: Any) -> bool:
-    if not isinstance(node, Node) or not node.op.startswith("call") or d.name(node) != "mul":
-        return False
-    return sum(d.tensor(n) is not None for n in d.tensors_in(node)) == 2
-
-
-def ways_forward(view: View, anchor: Node) -> Iterator[Node]:
-    """The anchor, then what its users make of it by movement alone, nearest first."""
-    queue, seen = [(anchor, 0)], {anchor}
-    while queue:
-        node, depth = queue.pop(0)
-        yield node
-        if depth == MAX_STEPS:
-            continue
-        for user in node.users:
-            target: Any = user
-            if user.target is operator.setitem and len(user.args) > 2 and user.args[2] is node:
-                target = user.args[0]
-            elif not user.op.startswith("call") or not (d.moves(user) or d.name(user) == "cast"):
-                continue
-            if isinstance(target, Node) and target not in seen and d.tensor(target) is not None:
-                seen.add(target)
-                queue.append((target, depth + 1))
-
-
-def collect(view: View, output: Node) -> Region | None:
-    """The region above the leaves, or None where it has another shape than a rotation's."""
-    region = Region(output, [], [], [])
-    seen: dict[Node, int] = {}
-
-    def visit(node: Node, level: int) -> bool:
-        """level 0: above the sum, 1: below it, 2: below the product."""
-        if seen.get(node, -1) >= level:
-            return True
-        if len(seen) > MAX_NODES:
-            return False
-        if level < 2 and node in view.outputs and node is not output:
-            return False
-        name = d.name(node) if node.op.startswith("call") else ""
-        found = d.tensor(node)
-        below: list[Node] | None = None
-        next_level = level
-        if node in view.outputs and node is not output:
-            below = None
-        elif name in BUFFERS and view.mutations.get(view.storage.get(node, -1)):
-            below = _written(region, node)
-        elif d.moves(node) or name in ("cast", "neg") or (name in ("mul", "div") and algebra.constant_factor(node)):
-            below = [n for n in d.data_inputs(node) if d.value(n) is not None and not _scalar(n)]
-        elif name in ("add", "sub", "rsub") and level == 0 and _plain(node):
-            region.sums += 1
-            below, next_level = [n for n in d.binary(node) if isinstance(n, Node)], 1
-        elif name == "sum" and level == 0:
-            below, next_level = [d.unary(node)], 1
-        elif name == "addcmul" and level == 0:
-            seen[node] = level
-            region.nodes.append(node)
-            region.products.append(node)
-            first, *factors = d.data_inputs(node)
-            return visit(first, 1) and all(visit(n, 2) for n in factors)
-        elif name == "mul" and level < 2:
-            region.products.append(node)
-            below, next_level = [n for n in d.binary(node) if isinstance(n, Node)], 2
-        if below is None:
-            if level < 2 or found is None or not (found.dtype.is_floating_point or found.dtype.is_complex):
-                return False
-            if node not in region.leaves:
-                region.leaves.append(node)
-            return True
-        first_time = node not in seen
-        seen[node] = level
-        if first_time:
-            region.nodes.append(node)
-        return bool(below) and all(visit(n, next_level) for n in below)
-
-    if not visit(output, 0) or not region.products:
-        return None
-    if any(n in region.leaves for n in region.nodes):
-        return None
-    region.nodes.sort(key=view.position.__getitem__)
-    return region
-
-
-def _scalar(node: Node) -> bool:
-    """A size or another number: no value is moved out of it."""
-    return d.symbolic_scalar(node) or isinstance(d.value(node), torch.Size)
-
-
-def _plain(node: Node) -> bool:
-    first, second = d.binary(node)
-    return d.tensor(first) is not None and d.tensor(second) is not None
-
-
-def _written(region: Region, buffer: Node) -> list[Node]:
-    """The values that a fresh buffer gets by `buffer[...] = value`."""
-    values = []
-    for user in buffer.users:
-        if user.target is operator.setitem and user.args[0] is buffer and isinstance(user.args[2], Node):
-            region.nodes.append(user)
-            values.append(user.args[2])
-    return values
-
-
-def rotated_values(view: View, region: Region) -> Iterator[Node]:
-    """Values of the output's shape that stand below every product: the nearest to the output first."""
-    wanted = d.tensor(region.output)
-    assert wanted is not None
-    inside = set(region.nodes)
-    common: set[int] | None = None
-    by_number: dict[int, Node] = {}
-    for product in region.products:
-        numbers: set[int] = set()
-        for operand in _factors(product):
-            for node in _cone(operand, inside):
-                number = view.vn(node)
-                by_number.setdefault(number, node)
-                numbers.add(number)
-        common = numbers if common is None else common & numbers
-    candidates = [by_number[n] for n in common or ()]
-    for node in sorted(candidates, key=view.position.__getitem__, reverse=True):
-        found = d.tensor(node)
-        if found is not None and found.dtype.is_floating_point and found.dim() == wanted.dim():
-            if same_shape(found.shape, wanted.shape) and node is not region.output:
-                yield node
-
-
-def _factors(product: Node) -> list[Node]:
-    operands = product.args[1:3] if d.name(product) == "addcmul" else d.binary(product)
-    return [n for n in operands if isinstance(n, Node)]
-
-
-def _cone(node: Node, inside: set[Node]) -> list[Node]:
-    """The node and everything below it inside the region, its leaves included."""
-    found: dict[Node, None] = {}
-    stack = [node]
-    while stack:
-        current = stack.pop()
-        if current in found:
-            continue
-        found[current] = None
-        if current in inside:
-            stack += d.data_inputs(current)
-    return [n for n in found if d.tensor(n) is not None]
 
 
 def turn_of(view: View, region: Region, x: Node) -> Turn | str:
@@ -548,68 +354,3 @@ def _in_place(tracer: Tracer, spread: list[list[int]], flat: list[tuple[int, flo
 
 def _uniform(signs: list[float]) -> Any:
     return int(signs[0]) if len(set(signs)) == 1 else tuple(int(s) for s in signs)
-
-
-def narrowing_tail(view: View, output: Node) -> tuple[Node, list[Node]]:
-    """The casts behind the result that narrow it, where nobody else sees the wide value."""
-    tail: list[Node] = []
-    while len(output.users) == 1:
-        user = next(iter(output.users))
-        if not user.op.startswith("call") or d.name(user) != "cast" or not view.same_version(output, user):
-            break
-        before, after = d.tensor(output), d.tensor(user)
-        if before is None or after is None or after.dtype.itemsize >= before.dtype.itemsize:
-            break
-        tail.append(user)
-        output = user
-    return output, tail
-
-
-def nodes_between(view: View, output: Node, inputs: tuple[Node, ...], allowed: set[Node]) -> algebra.Between:
-    """What the fused op replaces: the way from its inputs, writes into a fresh buffer included."""
-    writes = [n for n in allowed if n.target is operator.setitem]
-    return algebra.between(view, [output, *writes], inputs, lambda n: n in allowed or d.name(n) == "cast")
-
-
-def emit_table(e: Emitter, node: Any, table: Table, dtype: torch.dtype) -> Any:
-    """r1 or r2, once for all layers that use the same cos or sin."""
-
-    def build(value: Any) -> Any:
-        if table.part:
-            parts = e.call(torch.view_as_real, e.call(torch.resolve_conj, value))
-            value = e.call(torch.select, parts, -1, 0 if table.part == "real" else 1)
-        if table.flatten:
-            value = e.call(torch.flatten, value, -table.flatten)
-        if table.arrange == "tile":
-            value = e.call(torch.cat, (value, value), -1)
-        elif table.arrange == "repeat":
-            value = e.call(torch.repeat_interleave, value, 2, -1)
-        elif table.arrange:
-            value = e.call(torch.stack, tuple(e.call(torch.select, value, -1, i) for i in table.arrange), -1)
-        if isinstance(table.sign, tuple):
-            value = _signed(e, value, table.sign)
-        elif table.sign == -1:
-            value = e.call(torch.neg, value)
-        return e.cast(value, dtype)
-
-    return e.shared((table.key, dtype), (node,), build)
-
-
-def _signed(e: Emitter, value: Any, signs: tuple[int, ...]) -> Any:
-    """Each element times its sign: runs of equal signs are negated and joined (no constant to bring to a device)."""
-    parts, start = [], 0
-    for sign, run in itertools.groupby(signs):
-        length = len(list(run))
-        part = e.call(torch.narrow, value, -1, start, length)
-        parts.append(e.call(torch.neg, part) if sign == -1 else part)
-        start += length
-    return e.call(torch.cat, tuple(parts), -1)
-
-
-def emit_deinterleave(e: Emitter, value: Any) -> Any:
-    """[x0, x1, x2, x3, …] -> [x0, x2, …, x1, x3, …]."""
-    return e.call(torch.cat, (value_slice(e, value, 0), value_slice(e, value, 1)), -1)
-
-
-def value_slice(e: Emitter, value: Any, start: int) -> Any:
-    return e.call(operator.getitem, value, (Ellipsis, slice(start, None, 2)))

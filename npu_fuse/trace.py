@@ -240,5 +240,5 @@ def _part(arg: Any, part: str) -> Any:
     if isinstance(arg, Complex):
         return getattr(arg, part)
     if isinstance(arg, (tuple, list)):
-        return [_part(a, part) for a in arg]
+        return type(arg)(_part(a, part) for a in arg)
     return arg

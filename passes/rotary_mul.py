@@ -19,7 +19,7 @@ import torch
 from torch.fx import Node
 
 from npu_fuse import dialect as d
-from npu_fuse import ops
+from npu_fuse import ops, regions, rotation_forms
 from npu_fuse import rotation as r
 from npu_fuse.emit import Emitter
 from npu_fuse.report import Status
@@ -107,7 +107,12 @@ def recognise(view: View) -> list[Site | Miss]:
     found: list[Site | Miss] = []
     done: set[Node] = set()
     for node in view.nodes:
-        if node.op.startswith("call") and node not in done and node not in view.claimed and r.is_anchor(view, node):
+        if (
+            node.op.startswith("call")
+            and node not in done
+            and node not in view.claimed
+            and regions.is_anchor(view, node)
+        ):
             result = _from_anchor(view, node, done)
             if result is not None:
                 found.append(result)
@@ -117,13 +122,13 @@ def recognise(view: View) -> list[Site | Miss]:
 def _from_anchor(view: View, anchor: Node, done: set[Node]) -> Site | Miss | None:
     """The first value on the anchor's way forward that is a whole rotation of something of its shape."""
     near_miss: Miss | None = None
-    for output in r.ways_forward(view, anchor):
+    for output in regions.ways_forward(view, anchor):
         if output in done:
             return None
-        region = r.collect(view, output)
+        region = regions.collect(view, output)
         if region is None:
             continue
-        for x in r.rotated_values(view, region):
+        for x in regions.rotated_values(view, region):
             found = r.turn_of(view, region, x)
             if isinstance(found, r.Turn):
                 site = _site(view, region, x, found, anchor)
@@ -135,11 +140,11 @@ def _from_anchor(view: View, anchor: Node, done: set[Node]) -> Site | Miss | Non
     return near_miss
 
 
-def _site(view: View, region: r.Region, x: Node, turn: r.Turn, anchor: Node) -> Site | Miss:
-    output, tail = r.narrowing_tail(view, region.output)
+def _site(view: View, region: regions.Region, x: Node, turn: r.Turn, anchor: Node) -> Site | Miss:
+    output, tail = rotation_forms.narrowing_tail(view, region.output)
     source = view.exact(x)
     inputs = tuple(dict.fromkeys((source, turn.cos.node, turn.sin.node)))
-    found = r.nodes_between(view, output, inputs, {*region.nodes, *tail})
+    found = rotation_forms.nodes_between(view, output, inputs, {*region.nodes, *tail})
     if found.stopped is not None:
         name = d.name(found.stopped) or found.stopped.op
         return Miss(NAME, anchor, "rotary_mul.between", f"{name} stands inside the rotation")
@@ -163,9 +168,9 @@ def _forms(x: Node, turn: r.Turn, dtype: torch.dtype, result: torch.dtype) -> li
         def emit(e: Emitter, env: Mapping[Node, Any], width: torch.dtype = width) -> Any:
             value = e.cast(env[x], width)
             if turn.deinterleave:
-                value = r.emit_deinterleave(e, value)
-            cos = r.emit_table(e, env[turn.cos.node], turn.cos, width)
-            sin = r.emit_table(e, env[turn.sin.node], turn.sin, width)
+                value = rotation_forms.emit_deinterleave(e, value)
+            cos = rotation_forms.emit_table(e, env[turn.cos.node], turn.cos, width)
+            sin = rotation_forms.emit_table(e, env[turn.sin.node], turn.sin, width)
             if e.target.name == "npu":
                 return e.cast(_on_npu(e, value, cos, sin, turn, x), result)
             return e.cast(e.fused("npu_rotary_mul", value, cos, sin, turn.mode), result)

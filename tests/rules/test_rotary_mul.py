@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
+import npu_fuse
 from npu_fuse.report import Status
 
 from . import near, parts_rotary_mul
@@ -51,3 +53,18 @@ def test_near_miss_changes_nothing(miss, mode):
 @pytest.mark.parametrize("mode", [m for m in MODES if m not in NEAR_MODES], ids=str)
 def test_near_miss_changes_nothing_in_the_other_modes(miss, mode):
     near.check(miss, mode, parts_rotary_mul.inputs)
+
+
+def test_tables_are_made_under_the_autocast_of_the_rotation():
+    def rotated(x, c, s):
+        first, second = torch.split(x, [8, 8], dim=-1)
+        with torch.autocast("cpu", torch.bfloat16):
+            sin = s[:, None]
+        cos = c[:, None]
+        return torch.cat((first * cos - second * sin, second * cos + first * sin), -1)
+
+    x, c, s = (torch.randn(shape).half() for shape in ((2, 3, 5, 16), (2, 5, 8), (2, 5, 8)))
+    npu_fuse.clear_reports()
+    compiled = torch.compile(rotated, backend="npu_fuse", options={"target": "reference", "handoff": "eager"})
+    torch.testing.assert_close(compiled(x, c, s), rotated(x, c, s))
+    assert [site.status for site in sites(npu_fuse.reports())] == [Status.FUSED]
