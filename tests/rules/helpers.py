@@ -33,6 +33,8 @@ SLACK = {F32: 2.0, BF16: 0.25, F16: 0.25}
 GRADIENT_SLACK = {F32: 4.0, BF16: 1.0, F16: 1.0}
 """Gradients are summed over rows: one rounding more of the sum, in ulps of the tensor's largest magnitude."""
 
+NOISY = 8.0
+
 Inputs = dict[str, Any]
 
 
@@ -150,6 +152,9 @@ class Bound:
     slack: Mapping[torch.dtype, float]
     flips: float = 0.0
     derivatives: int = 1
+    noise: float = 1.0
+    """Where eager itself is off by more than `NOISY`, what stands before the site is ill-conditioned (a rounded
+    product deep in a sigmoid's tail): its luck with one more rounding decides nothing up to this factor."""
 
 
 EXACT_SITE = Bound(SLACK)
@@ -173,7 +178,9 @@ def judge(what: str, exact: Any, eager: Any, fused: Any, gradient: bool = False,
         eager, fused, exact = (torch.view_as_real(t.detach()) for t in (eager, fused, exact))
     if bound.flips and not eager.dtype.is_floating_point and eager.dtype is not torch.bool and eager.numel():
         steps = (eager.long() - fused.long()).abs()
-        if int(steps.max()) > 1 or float((steps > 0).double().mean()) > bound.flips:
+        if bool((steps > 1 + eager.double().abs() * 2 * torch.finfo(F32).eps).any()) or (
+            float((steps > 0).double().mean()) > bound.flips
+        ):
             raise Mismatch(f"{what}: integers differ by {int(steps.max())}")
         return
     if eager.dtype not in slack or eager.numel() == 0:
@@ -196,9 +203,11 @@ def judge(what: str, exact: Any, eager: Any, fused: Any, gradient: bool = False,
     before = ulps((eager.double() - exact).abs(), exact, eager.dtype, rowwise)[usable]
     after = ulps((fused.double() - exact).abs(), exact, eager.dtype, rowwise)[usable]
     largest = float(after.quantile(1 - bound.flips) if bound.flips else after.max())
-    if largest > float(before.max()) + allowed:
+    own = float(before.max())
+    noisy = bound.noise if own > NOISY else 1.0
+    if largest > own * noisy + allowed:
         raise Mismatch(f"{what}: error {largest:.2f} ulp, eager's is {float(before.max()):.2f} ulp")
-    if eager.dtype is not F32 and not bound.flips and float(after.mean()) > 1.1 * float(before.mean()) + 0.05:
+    if eager.dtype is not F32 and not bound.flips and float(after.mean()) > 1.1 * noisy * float(before.mean()) + 0.05:
         raise Mismatch(f"{what}: mean error {float(after.mean()):.3f} ulp, eager's {float(before.mean()):.3f} ulp")
 
 

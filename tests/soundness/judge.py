@@ -116,7 +116,7 @@ def _one_call(mutant: Mutant, function: Callable[..., Any], inputs: Inputs, verd
         return f"raises {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
     try:
         flips = 0.1 if "float8" in mutant.program.text or mutant.special == "integer" else 0.0
-        compare_outcomes(exact, eager, fused, Bound(SLACK, flips, 2 if second else 1))
+        compare_outcomes(exact, eager, fused, Bound(SLACK, flips, 2 if second else 1, noise=2.5))
         _compare_directly(exact, eager, fused, _coarsest(mutant))
     except Mismatch as problem:
         return str(problem)
