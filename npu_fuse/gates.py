@@ -1,8 +1,7 @@
 """Gated MLPs as facts: which activation, of which value, times which other value.
 
 `gate_of` reads one product: act(gate) · up in any spelling (silu, x·sigmoid(x), x/(1+exp(-x)), gelu
-called or written out, clamped and scaled). `halves_of` says whether both come from one tensor, and
-how they lie in it.
+called or written out, clamped and scaled). Whether both lie in one tensor is told by `halves`.
 """
 
 from __future__ import annotations
