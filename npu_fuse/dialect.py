@@ -68,7 +68,8 @@ def raw_name(node: Node) -> str:
 
 def name(node: Node) -> str:
     """The canonical name: in-place and operator forms have the name of what they compute."""
-    if not node.op.startswith("call_"):
+    op = node.op
+    if op not in ("call_function", "call_method"):
         return ""
     result = _names.get(node.target)
     if result is None:
@@ -118,26 +119,28 @@ def mutates(node: Node) -> bool:
 def value(arg: Any) -> Any:
     """The example value of a node (fake tensor, SymInt, number, tuple), or the argument itself."""
     if isinstance(arg, Node):
-        return arg.meta["example_value"] if "example_value" in arg.meta else arg.meta.get("val")
+        meta = arg.meta
+        return meta["example_value"] if "example_value" in meta else meta.get("val")
     return arg
 
 
 def tensor(arg: Any) -> torch.Tensor | None:
-    found = value(arg)
-    return found if isinstance(found, torch.Tensor) else None
+    if isinstance(arg, Node):  # as `value`: the most frequent question of all
+        meta = arg.meta
+        arg = meta["example_value"] if "example_value" in meta else meta.get("val")
+    return arg if isinstance(arg, torch.Tensor) else None
 
 
 def is_float_cast(node: Node) -> bool:
     """A change of floating dtype (or none) and of nothing else: same device, same shape."""
     source = node.args[0] if node.args else node.kwargs.get("input")
     before, after = tensor(source), tensor(node)
-    if before is None or after is None or before.device != after.device:
+    if before is None or after is None:
         return False
-    return _is_plain_float(before.dtype) and _is_plain_float(after.dtype)
+    return before.dtype in PLAIN_FLOATS and after.dtype in PLAIN_FLOATS and before.device == after.device
 
 
-def _is_plain_float(dtype: torch.dtype) -> bool:
-    return dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+PLAIN_FLOATS = frozenset((torch.float16, torch.bfloat16, torch.float32, torch.float64))
 
 
 def operand(node: Node, index: int, keyword: str, default: Any = None) -> Any:

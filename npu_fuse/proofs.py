@@ -17,6 +17,8 @@ from npu_fuse.targets import REFERENCE, Target
 
 _verdicts: dict[str, Verdict] = {}
 _digests: dict[Hashable, str] = {}
+_targets: dict[Any, str] = {}
+"""Names of targets in keys: a target means the same in every graph."""
 
 
 def verdict_on(
@@ -65,14 +67,22 @@ def structure_key(site: Site, form: Form, numerics: str) -> str:
 
 
 def _target(node: Node) -> str:
-    return f"{node.op}:{d.raw_name(node)}:{getattr(node.target, '__module__', '')}"
+    found = _targets.get((node.op, node.target))
+    if found is None:
+        found = f"{node.op}:{d.raw_name(node)}:{getattr(node.target, '__module__', '')}"
+        _targets[node.op, node.target] = found
+    return found
 
 
 def _described(node: Node) -> Hashable:
     found = d.tensor(node)
     if found is None:
         return type(d.value(node)).__name__
-    shape = tuple([s if s.__class__ is int else str(s) for s in found.shape])
+    shape: tuple[Any, ...] = tuple(found.shape)
+    for size in shape:
+        if size.__class__ is not int:
+            shape = tuple([s if s.__class__ is int else str(s) for s in shape])
+            break
     return (found.dtype, shape, found.requires_grad)
 
 

@@ -28,9 +28,11 @@ def _values(view: View, site: Site) -> tuple[str, str] | None:
             return "tensor.subclass", f"{node.name} is a {type(found).__name__}"
         if found.layout != torch.strided or found.is_quantized or found.is_nested:
             return "tensor.layout", f"{node.name} is no dense tensor ({found.layout})"
-        if any(static(s) == 0 for s in found.shape):
-            return "tensor.empty", f"{node.name} is empty: shape {tuple(found.shape)}"
-        if found.dim() > 0:
+        shape = found.shape
+        for size in shape:
+            if size == 0 if size.__class__ is int else static(size) == 0:
+                return "tensor.empty", f"{node.name} is empty: shape {tuple(shape)}"
+        if len(shape) > 0:
             devices.add(found.device)
     if len(devices) > 1:
         return "tensor.device", f"the site spans {', '.join(sorted(map(str, devices)))}"
@@ -47,7 +49,7 @@ def _precision(site: Site) -> tuple[str, str] | None:
     ends = {t.dtype for n in (site.inputs[0], site.output) if (t := d.tensor(n)) is not None}
     for node in site.nodes:
         found = d.tensor(node)
-        if found is None or not found.dtype.is_floating_point:
+        if found is None or found.dtype in ends or not found.dtype.is_floating_point:
             continue
         if not any(end.is_floating_point and _holds(found.dtype, end) for end in ends):
             kept = " and ".join(sorted(str(end).removeprefix("torch.") for end in ends))
