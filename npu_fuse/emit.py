@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch.fx import Graph, Node
+from torch.utils.checkpoint import CheckpointPolicy
 
 from npu_fuse import dialect as d
 from npu_fuse import ops
@@ -155,7 +156,10 @@ class GraphEmitter:
         found = d.tensor(value)
         if found is not None and found.dtype == dtype:
             return value
-        return self.call(torch.Tensor.to, value, dtype)
+        made = self.call(torch.Tensor.to, value, dtype)
+        if found is not None and found.dtype.itemsize < dtype.itemsize:
+            _cheap_to_make_again(made)
+        return made
 
     def again(self, node: Node, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
         recorded = d.tensor(node)
@@ -189,6 +193,12 @@ class GraphEmitter:
             with self.graph.inserting_before(first):
                 self.memo[key] = self.call(torch.full, tuple(shape), fill, dtype=dtype, device=device)
         return self.memo[key]
+
+
+def _cheap_to_make_again(node: Node) -> None:
+    """Autograd keeps the narrow value: AOTAutograd would keep the wide one, which an opaque op reads."""
+    node.meta["recompute"] = CheckpointPolicy.PREFER_RECOMPUTE
+    node.meta.setdefault("ac_graph_id", 0)
 
 
 def _tensors(value: Any) -> list[torch.Tensor]:

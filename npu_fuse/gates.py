@@ -128,7 +128,7 @@ def _finished(view: View, product: Node, act: Activation, up: Node) -> Gate | tu
         # `1 + u` may be a value of its own: without clamp or scale it is just the other factor.
         bias, inner, passed_bias = 0.0, up, ()
     nodes = (product, *act.nodes, *passed, *passed_bias, *passed_up)
-    return Gate(act.kind, product, view.exact(gate), view.exact(inner), act.alpha, high, bias, nodes)
+    return Gate(act.kind, product, view.exact(gate, product), view.exact(inner, product), act.alpha, high, bias, nodes)
 
 
 def _bias_of(view: View, node: Node) -> tuple[float, Node, tuple[Node, ...]]:

@@ -52,11 +52,11 @@ def is_anchor(view: View, node: Node) -> bool:
 
 
 def _below(node: Any) -> Any:
-    """Through movement and casts (the first piece of a cat)."""
+    """Through movement, casts and constant factors (the first piece of a cat)."""
     for _ in range(MAX_STEPS):
         if not isinstance(node, Node) or not node.op.startswith("call"):
             return node
-        if not d.moves(node) and d.name(node) not in ("cast", "neg"):
+        if not d.moves(node) and d.name(node) != "cast" and not algebra.constant_factor(node):
             return node
         below = d.tensors_in(node)
         if not below:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import operator
-from collections.abc import Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -14,30 +15,12 @@ from npu_fuse import dialect as d
 from npu_fuse.proofs import structure_key
 from npu_fuse.regions import Region
 from npu_fuse.replay import ATTEMPTS, CannotShrink, choose_sizes
+from npu_fuse.rotation_tables import Table, tables
 from npu_fuse.sites import Form, Site
-from npu_fuse.trace import Complex, Tracer, Untraceable, trace
+from npu_fuse.trace import Tracer, Untraceable, trace
 from npu_fuse.view import View, static
 
 MAX_ELEMENTS, MAX_WIDTH = 1 << 16, 2048
-
-
-@dataclass(frozen=True)
-class Table:
-    """How r1 or r2 is made from a node: `part` of a complex value, trailing dims flattened, then arranged.
-
-    `arrange` is "" (full width as it is), "tile" (half width twice), "repeat" (each angle twice), or a
-    tuple of indices along the last dimension. `sign` is +1 or -1, or a tuple of them.
-    """
-
-    node: Node
-    part: str = ""
-    flatten: int = 0
-    arrange: Any = ""
-    sign: Any = 1
-
-    @property
-    def key(self) -> tuple[Any, ...]:
-        return (self.part, self.flatten, self.arrange, self.sign)
 
 
 @dataclass(frozen=True)
@@ -65,11 +48,39 @@ def turn_of(view: View, region: Region, x: Node) -> Turn | str:
     if not inputs or len(inputs) == len(others):
         return ""
     pseudo = Site("rotary_trace", region.output, inputs, tuple(cut), (), region.output)
-    key = ("turn", structure_key(pseudo, Form("trace", lambda e, env: None), ""), tuple(n in same for n in inputs))
+    scope = view.scope[region.output]
+    key = (
+        "turn", structure_key(pseudo, Form("trace", lambda e, env: None), ""), tuple(n in same for n in inputs),
+        tuple(view.scope[n] == scope for n in cut),
+    )  # fmt: skip
     order = (*inputs, *cut)
     if key not in view.memo:
-        view.memo[key] = _indexed(_read(region, cut, inputs, same), order)
+
+        def enough(cos: Node, sin: Node) -> bool:
+            return _enough(view, region, cut, same, (cos, sin))
+
+        view.memo[key] = _indexed(_read(region, cut, inputs, same, enough), order)
     return _materialised(view.memo[key], order)
+
+
+Enough = Callable[[Node, Node], bool]
+"""Whether x and these two tables are all that the rotation reads, in one autocast region."""
+
+
+def _enough(view: View, region: Region, cut: list[Node], same: set[Node], given: tuple[Node, Node]) -> bool:
+    known, inside = {view.value_number[n] for n in given}, set(cut)
+    writes = [n for n in cut if n.target is operator.setitem]
+    seen: set[Node] = set()
+    stack = [region.output, *writes]
+    while stack:
+        node = stack.pop()
+        if node in seen or node in same or view.value_number[node] in known or d.tensor(node) is None:
+            continue
+        if node not in inside or view.scope[node] != view.scope[region.output]:
+            return False
+        seen.add(node)
+        stack += d.data_inputs(node)
+    return True
 
 
 def _operands(nodes: list[Node]) -> set[Node]:
@@ -119,27 +130,26 @@ class _Term:
 POOL, OTHER_POOL = (2, 3, 2, 2), (4, 2, 5, 2)
 
 
-def _read(region: Region, cut: list[Node], inputs: tuple[Node, ...], same: set[Node]) -> Turn | str:
+def _read(region: Region, cut: list[Node], inputs: tuple[Node, ...], same: set[Node], enough: Enough) -> Turn | str:
     """A symbolic width is read at two sizes: what is found has to be the same, and to name no index.
 
     Whether it holds at an odd width too is left to the proof.
     """
     wanted = d.tensor(region.output)
     assert wanted is not None
-    found = _read_at(region, cut, inputs, same, POOL)
+    found = _read_at(region, cut, inputs, same, POOL, enough)
     if static(wanted.shape[-1]) is not None or isinstance(found, str):
         return found
-    other = _read_at(region, cut, inputs, same, OTHER_POOL)
+    other = _read_at(region, cut, inputs, same, OTHER_POOL, enough)
     if isinstance(other, str) or replace(other, width=found.width) != found:
         return "the rotation is another one at another width, and the width is symbolic"
-    tables = (found.cos, found.sin)
-    if any(isinstance(t.arrange, tuple) or isinstance(t.sign, tuple) for t in tables):
+    if any(isinstance(t.arrange, tuple) or isinstance(t.sign, tuple) for t in (found.cos, found.sin)):
         return "cos or sin is arranged by indices, and the width is symbolic"
     return replace(found, width=None)
 
 
 def _read_at(
-    region: Region, cut: list[Node], inputs: tuple[Node, ...], same: set[Node], pool: tuple[int, ...]
+    region: Region, cut: list[Node], inputs: tuple[Node, ...], same: set[Node], pool: tuple[int, ...], enough: Enough
 ) -> Turn | str:
     tracer = Tracer()
     wanted = d.tensor(region.output)
@@ -172,10 +182,10 @@ def _read_at(
     ids = env[region.output]
     if not isinstance(ids, torch.Tensor) or ids.shape != x_ids.shape or bool((ids < 0).any()):
         return ""
-    return _interpret(tracer, ids, width, {n: v for n, v in env.items() if n not in same and v is not None})
+    return _interpret(tracer, ids, width, {n: v for n, v in env.items() if n not in same and v is not None}, enough)
 
 
-def _interpret(tracer: Tracer, ids: torch.Tensor, width: int, values: dict[Node, Any]) -> Turn | str:
+def _interpret(tracer: Tracer, ids: torch.Tensor, width: int, values: dict[Node, Any], enough: Enough) -> Turn | str:
     rows = ids.reshape(-1, width).tolist()
     if not rows:
         return "the tensor is empty"
@@ -205,11 +215,13 @@ def _interpret(tracer: Tracer, ids: torch.Tensor, width: int, values: dict[Node,
         if [rot.index for _, rot in pairs_in_order] != partners:
             return "rows are rotated in different pairings"
     leading = ids.shape[:-1]
-    cos = _table(tracer, table_main, leading, width, values, mode)
-    sin = _table(tracer, table_rot, leading, width, values, mode)
-    if cos is None or sin is None:
+    cosines = tables(tracer, table_main, leading, width, values, mode)
+    sines = tables(tracer, table_rot, leading, width, values, mode)
+    pairs_of_tables = sorted(itertools.product(cosines, sines), key=lambda p: p[0][0] + p[1][0])
+    if not pairs_of_tables:
         return "cos or sin is no arrangement of one value's last dimension"
-    return Turn(mode, width, cos, sin, deinterleave)
+    best = next((p for p in pairs_of_tables if enough(p[0][1].node, p[1][1].node)), pairs_of_tables[0])
+    return Turn(mode, width, best[0][1], best[1][1], deinterleave)
 
 
 def _terms(tracer: Tracer, polynomial: Any, row: int, width: int) -> tuple[_Term, _Term] | None:
@@ -256,101 +268,3 @@ def _turned(coefficient: float, position: int, mode: str, width: int) -> float:
     """rot(x) has a minus in the first of each pair: the rest of the sign belongs to the table."""
     first = position < width // 2 if mode == "half" else position % 2 == 0
     return -coefficient if first else coefficient
-
-
-def _table(
-    tracer: Tracer, wanted: list[list[tuple[int, float]]], leading: torch.Size, width: int, values: dict[Node, Any],
-    mode: str,
-) -> Table | None:  # fmt: skip
-    """The latest node from whose last dimension the wanted elements can be arranged."""
-    flat = [w for row in wanted for w in row]
-    best: tuple[int, Table] | None = None
-    for node, value in reversed(list(values.items())):
-        for part, flatten, ids in _variants(value):
-            if len(ids.shape) > len(leading) + 1 or not _broadcasts(ids.shape[:-1], leading):
-                continue
-            arranged = _arranged(tracer, ids, flat, leading, width, mode)
-            if arranged is None:
-                continue
-            arrange, sign = arranged
-            cost = (0 if arrange == "" else 2 if isinstance(arrange, str) else 4) + (sign != 1) + flatten
-            if best is None or cost < best[0]:
-                best = (cost, Table(node, part, flatten, arrange, sign))
-    return best[1] if best is not None else None
-
-
-def _variants(value: Any) -> Iterator[tuple[str, int, torch.Tensor]]:
-    if isinstance(value, Complex):
-        yield "real", 0, value.real
-        yield "imag", 0, value.imag
-    elif isinstance(value, torch.Tensor) and value.dim() > 0:
-        yield "", 0, value
-        for count in (2, 3):
-            if value.dim() > count:
-                yield "", count, value.flatten(-count)
-
-
-def _broadcasts(shape: torch.Size, leading: torch.Size) -> bool:
-    padded = (1,) * (len(leading) - len(shape)) + tuple(shape)
-    return all(a in (1, b) for a, b in zip(padded, leading, strict=True))
-
-
-def _arranged(
-    tracer: Tracer, ids: torch.Tensor, flat: list[tuple[int, float]], leading: torch.Size, width: int, mode: str
-) -> tuple[Any, Any] | None:
-    """Indices and signs along the last dimension that give the wanted elements in every row."""
-    last = ids.shape[-1]
-    if last > 4 * width or bool((ids < 0).any()):
-        return None
-    spread = ids.expand(*leading, last).reshape(-1, last).tolist()
-    elements = []
-    for i in spread[0]:
-        polynomial = tracer.polynomials[i]
-        single = len(polynomial) == 1 and len(polynomial[0][0]) == 1
-        elements.append((polynomial[0][0][0], polynomial[0][1]) if single else (-1, 0.0))
-    where = {element: (j, c) for j, (element, c) in reversed(list(enumerate(elements)))}
-    order, signs = [], []
-    for element, coefficient in flat[:width]:
-        if element not in where or not where[element][1]:
-            return None
-        j, own = where[element]
-        order.append(j)
-        signs.append(coefficient / own)
-    if any(s not in (1.0, -1.0) for s in signs):
-        return None
-    own_places = _in_place(tracer, spread, flat, width) if last == width else None
-    if own_places is not None:
-        return "", own_places
-    for number, row in enumerate(spread):
-        for position, (j, sign) in enumerate(zip(order, signs, strict=True)):
-            element, coefficient = flat[number * width + position]
-            if tracer.polynomials[row[j]] != (((element,), coefficient * sign),):
-                return None
-    uniform = _uniform(signs)
-    half = list(range(width // 2))
-    if last == width // 2 and order == half + half:
-        return "tile", uniform
-    if last == width // 2 and order == [i for i in half for _ in range(2)]:
-        return "repeat", uniform
-    return tuple(order), uniform
-
-
-def _in_place(tracer: Tracer, spread: list[list[int]], flat: list[tuple[int, float]], width: int) -> Any:
-    """The signs by which every element stands at its own place already, though equal ones may stand elsewhere."""
-    signs = []
-    for position in range(width):
-        element, coefficient = flat[position]
-        polynomial = tracer.polynomials[spread[0][position]]
-        if len(polynomial) != 1 or polynomial[0][0] != (element,) or not polynomial[0][1]:
-            return None
-        signs.append(coefficient / polynomial[0][1])
-    for number, row in enumerate(spread):
-        for position, sign in enumerate(signs):
-            element, coefficient = flat[number * width + position]
-            if tracer.polynomials[row[position]] != (((element,), coefficient * sign),):
-                return None
-    return _uniform(signs) if all(s in (1.0, -1.0) for s in signs) else None
-
-
-def _uniform(signs: list[float]) -> Any:
-    return int(signs[0]) if len(set(signs)) == 1 else tuple(int(s) for s in signs)

@@ -12,7 +12,7 @@ from torch.fx import Node
 from npu_fuse import algebra
 from npu_fuse import dialect as d
 from npu_fuse.emit import Emitter
-from npu_fuse.rotation import Table
+from npu_fuse.rotation_tables import Table
 from npu_fuse.view import View
 
 

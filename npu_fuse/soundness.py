@@ -51,10 +51,16 @@ def _precision(site: Site) -> tuple[str, str] | None:
         found = d.tensor(node)
         if found is None or found.dtype in ends or not found.dtype.is_floating_point:
             continue
-        if not any(end.is_floating_point and _holds(found.dtype, end) for end in ends):
+        if not any(end.is_floating_point and _holds(found.dtype, end) for end in ends) and _rounds(node, found.dtype):
             kept = " and ".join(sorted(str(end).removeprefix("torch.") for end in ends))
             return "dtype.narrow", f"{node.name} is rounded to {str(found.dtype).removeprefix('torch.')} between {kept}"
     return None
+
+
+def _rounds(node: Node, dtype: torch.dtype) -> bool:
+    """The node narrows an operand: a table that comes in a narrow dtype is not rounded by being moved."""
+    operands = [t.dtype for n in d.data_inputs(node) if (t := d.tensor(n)) is not None]
+    return not operands or any(not found.is_floating_point or not _holds(dtype, found) for found in operands)
 
 
 def _holds(wide: torch.dtype, narrow: torch.dtype) -> bool:

@@ -63,10 +63,15 @@ class View:
         """Equal numbers mean equal values; casts between float types that lose nothing are erased."""
         return self.value_number[self.exact(node)]
 
-    def exact(self, node: Node) -> Node:
-        """The node before the float casts that lose nothing (to a type at least as wide)."""
+    def exact(self, node: Node, reader: Node | None = None) -> Node:
+        """The node before the float casts that lose nothing (to a type at least as wide).
+
+        With a reader, only casts in its own grad mode and autocast region are passed.
+        """
         while d.name(node) == "cast" and widens(node) and isinstance(node.args[0], Node):
             if not self.same_version(node.args[0], node):
+                return node
+            if reader is not None and self.scope[node] != self.scope[reader]:
                 return node
             node = node.args[0]
         return node
@@ -160,8 +165,12 @@ def _flat_nodes(values: Iterable[Any]) -> list[Node]:
 
 
 def _label_scopes(view: View) -> None:
-    """Grad mode, autocast regions and functorch levels are positions in a flat list."""
+    """Grad mode, autocast regions and functorch levels are positions in a flat list.
+
+    Autocast for a device that the graph has no tensor on changes nothing.
+    """
     stack: list[str] = []
+    devices: set[str] = set()
     grad: str = "ambient"
     depth = 0
     labels: dict[tuple[Any, ...], int] = {}
@@ -176,14 +185,15 @@ def _label_scopes(view: View) -> None:
         if raw == "_set_grad_enabled":
             grad = str(node.args[0])
         elif raw == "_enter_autocast":
-            stack.append(str(node.args))
+            devices = devices or {t.device.type for n in view.nodes if (t := d.tensor(n)) is not None}
+            stack.append(str(node.args) if node.args[0] in devices else "")
         elif raw == "_exit_autocast" and stack:
             stack.pop()
         elif raw.endswith("_increment_nesting"):
             depth += 1
         elif raw.endswith("_decrement_nesting"):
             depth -= 1
-        label = labels.setdefault((grad, tuple(stack), depth), len(labels))
+        label = labels.setdefault((grad, tuple(filter(None, stack)), depth), len(labels))
         view.scope[node] = label
         if depth > 0:
             view.in_functorch.add(node)

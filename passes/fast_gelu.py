@@ -58,7 +58,7 @@ def recognise(view: View) -> list[Site | Miss]:
         act = g.activation_of(view, node)
         if act is None or act.kind != g.SILU or act.alpha != ALPHA:
             continue
-        x, inside = view.exact(act.x), frozenset(act.nodes)
+        x, inside = view.exact(act.x, node), frozenset(act.nodes)
         region = algebra.between(view, [node], [x], _only(inside))
         value, result = d.tensor(x), d.tensor(node)
         if region.stopped is None and value is not None and result is not None and value.dtype == result.dtype:

@@ -109,6 +109,8 @@ def recognise(view: View) -> list[Site | Miss]:
             result = _direct(view, node)
         elif name in ("rsqrt", "sqrt", "pow", "norm"):
             result = _from_root(view, node)
+        elif name == "normalize":
+            result = _normalized(view, node)
         else:
             continue
         if result is not None:
@@ -130,6 +132,21 @@ def _direct(view: View, node: Node) -> Site | Miss:
     return _site(view, node, node, x, len(shape), epsilon, gamma, 1.0, inputs, algebra.Between((node,)))
 
 
+def _normalized(view: View, node: Node) -> Miss | None:
+    """x / max(‖x‖, ε), scaled: an RMSNorm but for rows whose norm is about ε."""
+    value, order = d.tensor(d.unary(node)), d.constant(d.operand(node, 1, "p", 2.0))
+    if value is None or order != 2.0 or d.operand(node, 2, "dim", 1) not in (-1, value.dim() - 1):
+        return None
+    behind = [node, *(u for u in node.users if u.op.startswith("call") and d.name(u) == "cast")]
+    for user in [u for n in behind for u in n.users if u.op.startswith("call")]:
+        factors = [n for n in d.data_inputs(user) if n not in behind]
+        by_gamma = len(factors) == 1 and algebra.per_feature(factors[0], value, 1)
+        if algebra.constant_factor(user) or (d.name(user) == "mul" and by_gamma):
+            reason = "normalize divides by max(‖x‖, epsilon), the op adds epsilon under the root"
+            return Miss(NAME, node, "rms_norm.product", reason)
+    return None
+
+
 def _from_root(view: View, root: Node) -> Site | Miss | None:
     try:
         parsed = _statistic(view, root)
@@ -140,7 +157,7 @@ def _from_root(view: View, root: Node) -> Site | Miss | None:
     exponent, mean_square, epsilon, explained = parsed
     if isinstance(epsilon, float) and epsilon < 0:
         return Miss(NAME, root, "rms_norm.epsilon", f"epsilon is {epsilon}, the op needs it non-negative")
-    x = view.exact(mean_square.x)
+    x = view.exact(mean_square.x, root)
     walk, stopped = _forward_walk(view, root, exponent, x, mean_square.dims)
     if walk is None:
         return Miss(NAME, root, "rms_norm.product", stopped)
@@ -263,7 +280,7 @@ def _times(view: View, walk: _Walk, user: Node, other: Any, x: Node, dims: int) 
                 user, 1, walk.e, walk.coefficient * coefficient, walk.gammas + gammas, (*walk.seen, *nodes, user)
             )
     if algebra.per_feature(other, value, dims) and not walk.gammas:
-        return _Walk(user, walk.x, walk.e, walk.coefficient, (view.exact(other),), (*walk.seen, user))
+        return _Walk(user, walk.x, walk.e, walk.coefficient, (view.exact(other, user),), (*walk.seen, user))
     return "multiplied with another value than the one squared"
 
 
@@ -288,7 +305,7 @@ def _product_with_x(
         for left, right in ((first, second), (second, first)):
             if isinstance(left, Node) and isinstance(right, Node) and algebra.per_feature(right, value, dims):
                 if view.vn(left) == view.vn(x):
-                    return 1.0, (view.exact(right),), (node,)
+                    return 1.0, (view.exact(right, node),), (node,)
     return None
 
 

@@ -23,6 +23,7 @@ from npu_fuse import ops, regions, rotation_forms
 from npu_fuse import rotation as r
 from npu_fuse.emit import Emitter
 from npu_fuse.report import Status
+from npu_fuse.rotation_tables import Table
 from npu_fuse.sites import Form, Miss, Refusal, Rule, Site
 from npu_fuse.targets import Target
 from npu_fuse.view import View, is_one
@@ -142,7 +143,7 @@ def _from_anchor(view: View, anchor: Node, done: set[Node]) -> Site | Miss | Non
 
 def _site(view: View, region: regions.Region, x: Node, turn: r.Turn, anchor: Node) -> Site | Miss:
     output, tail = rotation_forms.narrowing_tail(view, region.output)
-    source = view.exact(x)
+    source = view.exact(x, output)
     inputs = tuple(dict.fromkeys((source, turn.cos.node, turn.sin.node)))
     found = rotation_forms.nodes_between(view, output, inputs, {*region.nodes, *tail})
     if found.stopped is not None:
@@ -210,13 +211,13 @@ def _on_npu(e: Emitter, value: Any, cos: Any, sin: Any, turn: r.Turn, x: Node) -
     return y
 
 
-def _four(e: Emitter, table: Any, made_of: r.Table) -> Any:
+def _four(e: Emitter, table: Any, made_of: Table) -> Any:
     for _ in range(4 - _rank(made_of)):
         table = e.call(torch.unsqueeze, table, 0)
     return table
 
 
-def _rank(table: r.Table) -> int:
+def _rank(table: Table) -> int:
     value = d.tensor(table.node)
     assert value is not None
     return value.dim() - max(table.flatten - 1, 0)

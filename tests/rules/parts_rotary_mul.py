@@ -58,6 +58,7 @@ COMBINED = (
     "(x.float() * cos + rot.float() * sin).type_as(x)", "y = x.clone(); y = y.mul_(cos).add_(rot * sin)\ny",
     "x * cos - rot * sin", "x * cos - (-rot) * sin", "torch.sub(x * cos, rot * sin)", "torch.stack((x * cos, rot * sin)).sum(0)",
     "(x * cos).contiguous() + (rot * sin).contiguous()", "torch.add(x * cos, rot * sin, alpha=1)",
+    "x * cos * 1 + rot * sin * 1", "1.0 * (x * cos) + (rot * sin) / 1.0",
 )  # fmt: skip
 
 PAIRS = (
@@ -73,6 +74,7 @@ TURNED = (
     "o1 = x1 * p - x2 * q; o2 = x2 * p + x1 * q", "o1 = p * x1 - q * x2; o2 = q * x1 + p * x2",
     "o1 = x1 * p + -x2 * q; o2 = x1 * q + x2 * p", "o1 = torch.addcmul(x1 * p, x2, q, value=-1); o2 = torch.addcmul(x2 * p, x1, q)",
     "o1 = x1 * p + x2 * q; o2 = x2 * p - x1 * q", "o1 = torch.sub(x1 * p, x2 * q); o2 = torch.add(x2 * p, x1 * q)",
+    "o1 = x1 * p + x2 * q; o2 = x1 * (-q) + x2 * p", "o1 = x1 * p + x2 * -q; o2 = x1 * q + x2 * p",
 )  # fmt: skip
 JOINED = (
     "torch.cat((o1, o2), -1).to(x.dtype)", "torch.stack((o1, o2), -2).flatten(-2).to(x.dtype)",

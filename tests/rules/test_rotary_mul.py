@@ -69,3 +69,44 @@ def test_tables_are_made_under_the_autocast_of_the_rotation():
     halved = torch.finfo(torch.float16).eps  # of values around one, eager rounds both products before the sum
     torch.testing.assert_close(compiled(x, c, s), rotated(x, c, s), rtol=2 * halved, atol=2 * halved)
     assert [site.status for site in sites(npu_fuse.reports())] == [Status.FUSED]
+
+
+def test_tables_narrower_than_x_are_no_rounding():
+    def rotated(x, c, s):
+        first, second = x.float().chunk(2, -1)
+        return torch.cat((first * c - second * s, second * c + first * s), -1)
+
+    x, c, s = (torch.rand(shape).bfloat16() for shape in ((2, 3, 5, 16), (5, 8), (5, 8)))
+    npu_fuse.clear_reports()
+    compiled = torch.compile(rotated, backend="npu_fuse", options={"target": "reference", "handoff": "eager"})
+    torch.testing.assert_close(compiled(x, c, s), rotated(x, c, s))
+    assert [site.status for site in sites(npu_fuse.reports())] == [Status.FUSED]
+
+
+@pytest.mark.parametrize("device, status", [("cuda", Status.FUSED), ("cpu", Status.MISSED)])
+def test_autocast_inside_counts_only_for_the_tensors_device(device, status):
+    def half_turn(x):
+        with torch.autocast(device, enabled=False):
+            return torch.cat((-x[..., 8:], x[..., :8]), -1)
+
+    def rotated(x, c, s):
+        return x * c + half_turn(x) * s
+
+    x, c, s = (torch.rand(shape) for shape in ((2, 3, 5, 16), (5, 16), (5, 16)))
+    npu_fuse.clear_reports()
+    compiled = torch.compile(rotated, backend="npu_fuse", options={"target": "reference", "handoff": "eager"})
+    torch.testing.assert_close(compiled(x, c, s), rotated(x, c, s))
+    assert [site.status for site in sites(npu_fuse.reports())] == [status]
+
+
+def test_tables_from_another_autocast_region():
+    def rotated(x, c, s):
+        with torch.autocast("cpu", torch.bfloat16):
+            cos, sin = (torch.cat((t, t), -1)[:, None] for t in (c, s))
+        return x * cos + torch.cat((-x[..., 8:], x[..., :8]), -1) * sin
+
+    x, c, s = (torch.rand(shape) for shape in ((2, 3, 5, 16), (2, 5, 8), (2, 5, 8)))
+    npu_fuse.clear_reports()
+    compiled = torch.compile(rotated, backend="npu_fuse", options={"target": "reference", "handoff": "eager"})
+    torch.testing.assert_close(compiled(x, c, s), rotated(x, c, s))
+    assert [site.status for site in sites(npu_fuse.reports())] == [Status.FUSED]
