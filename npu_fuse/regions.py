@@ -56,13 +56,18 @@ def _below(node: Any) -> Any:
     for _ in range(MAX_STEPS):
         if not isinstance(node, Node) or not node.op.startswith("call"):
             return node
-        if not d.moves(node) and d.name(node) != "cast" and not algebra.constant_factor(node):
+        if not _passes(node):
             return node
         below = d.tensors_in(node)
         if not below:
             return node
         node = below[0]
     return node
+
+
+def _passes(node: Node) -> bool:
+    """Movement, a cast or a constant factor: each element of the result is one of the operand's, scaled."""
+    return d.moves(node) or d.name(node) == "cast" or algebra.constant_factor(node) is not None
 
 
 def _is_product(node: Any) -> bool:
@@ -111,7 +116,7 @@ def collect(view: View, output: Node) -> Region | None:
             below = None
         elif name in BUFFERS and view.mutations.get(view.storage.get(node, -1)):
             below = _written(region, node)
-        elif d.moves(node) or name in ("cast", "neg") or (name in ("mul", "div") and algebra.constant_factor(node)):
+        elif _passes(node):
             below = [n for n in d.data_inputs(node) if d.value(n) is not None and not _scalar(n)]
         elif name in ("add", "sub", "rsub") and level == 0 and _plain(node):
             region.sums += 1

@@ -57,7 +57,7 @@ def turn_of(view: View, region: Region, x: Node) -> Turn | str:
     if key not in view.memo:
 
         def enough(cos: Node, sin: Node) -> bool:
-            return _enough(view, region, cut, same, (cos, sin))
+            return _enough(view, region, same, cos, sin)
 
         view.memo[key] = _indexed(_read(region, cut, inputs, same, enough), order)
     return _materialised(view.memo[key], order)
@@ -67,20 +67,13 @@ Enough = Callable[[Node, Node], bool]
 """Whether x and these two tables are all that the rotation reads, in one autocast region."""
 
 
-def _enough(view: View, region: Region, cut: list[Node], same: set[Node], given: tuple[Node, Node]) -> bool:
-    known, inside = {view.value_number[n] for n in given}, set(cut)
-    writes = [n for n in cut if n.target is operator.setitem]
-    seen: set[Node] = set()
-    stack = [region.output, *writes]
-    while stack:
-        node = stack.pop()
-        if node in seen or node in same or view.value_number[node] in known or d.tensor(node) is None:
-            continue
-        if node not in inside or view.scope[node] != view.scope[region.output]:
-            return False
-        seen.add(node)
-        stack += d.data_inputs(node)
-    return True
+def _enough(view: View, region: Region, same: set[Node], cos: Node, sin: Node) -> bool:
+    numbers = {view.value_number[cos], view.value_number[sin]}
+    given = same | {n for n in (*region.nodes, *region.leaves) if view.value_number[n] in numbers}
+    needed = _above(region, given)
+    known, scope = given.union(needed), view.scope[region.output]
+    reads_no_other = all(n in known for n in _operands(needed) if d.tensor(n) is not None)
+    return reads_no_other and all(view.scope[n] == scope for n in needed)
 
 
 def _operands(nodes: list[Node]) -> set[Node]:

@@ -110,7 +110,7 @@ def recognise(view: View) -> list[Site | Miss]:
         elif name in ("rsqrt", "sqrt", "pow", "norm"):
             result = _from_root(view, node)
         elif name == "normalize":
-            result = _normalized(view, node)
+            result = _normalized(node)
         else:
             continue
         if result is not None:
@@ -132,7 +132,7 @@ def _direct(view: View, node: Node) -> Site | Miss:
     return _site(view, node, node, x, len(shape), epsilon, gamma, 1.0, inputs, algebra.Between((node,)))
 
 
-def _normalized(view: View, node: Node) -> Miss | None:
+def _normalized(node: Node) -> Miss | None:
     """x / max(‖x‖, ε), scaled: an RMSNorm but for rows whose norm is about ε."""
     value, order = d.tensor(d.unary(node)), d.constant(d.operand(node, 1, "p", 2.0))
     if value is None or order != 2.0 or d.operand(node, 2, "dim", 1) not in (-1, value.dim() - 1):

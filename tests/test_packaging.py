@@ -107,7 +107,6 @@ def test_torch_finds_the_backend_without_an_import():
 @pytest.mark.parametrize(("group", "name"), [("torch_dynamo_backends", "npu_fuse"), ("console_scripts", "npu-fuse")])
 def test_entry_points_resolve(group, name):
     (entry,) = metadata.entry_points(group=group, name=name)
-    pytest.importorskip(entry.module, reason="not written yet")
     assert callable(entry.load())
 
 
