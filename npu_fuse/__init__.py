@@ -15,8 +15,10 @@ with contextlib.suppress(ImportError, OSError):
 
     from npu_fuse.backend import backend
     from npu_fuse.explain import ExplainReport, explain
+    from npu_fuse.group_experts import ExpertsReport, group_experts, ungroup_experts
 
 __all__ = [
+    "ExpertsReport",
     "ExplainReport",
     "Finding",
     "GraphReport",
@@ -30,5 +32,7 @@ __all__ = [
     "doctor",
     "errors",
     "explain",
+    "group_experts",
     "reports",
+    "ungroup_experts",
 ]

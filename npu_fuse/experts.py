@@ -6,7 +6,7 @@ non-decreasing); rows at and past the last end belong to no expert.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -142,3 +142,52 @@ def _through(node: Any, names: set[str]) -> Any:
             return None
         node = d.operand(node, 0, "input")
     return node
+
+
+def routed(
+    experts: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor], x: torch.Tensor,
+    indices: torch.Tensor, weights: torch.Tensor, number: int, before: bool, rest: bool,
+) -> torch.Tensor:  # fmt: skip
+    """Σ_j weights[t, j] · experts(x[t]) of the expert indices[t, j]: x [T, H], indices and weights [T, k] → [T, N].
+
+    `experts(rows, ids, ends)` takes rows sorted by expert. before: the rows are weighted, not the results. rest:
+    indices from `number` on belong to no expert and count for nothing.
+    """
+    tokens, k = indices.shape
+    if rest:
+        weights = weights.masked_fill(indices >= number, 0)
+    ids, order = torch.sort(indices.reshape(-1))
+    counted = ids.float() if ids.device.type in ("cpu", "mps") else ids.int()  # as torch's kernels demand
+    ends = torch.histc(counted, bins=number, min=0, max=number - 1).cumsum(0, dtype=torch.int64)
+    rows, factor = x[order // k], weights.reshape(-1)[order].unsqueeze(-1)
+    y = experts((rows * factor).to(rows.dtype) if before else rows, ids.clamp(max=number - 1) if rest else ids, ends)
+    y = y if before else y * factor
+    return y[torch.argsort(order)].view(tokens, k, y.shape[1]).sum(1)
+
+
+def grouped_matmul(rows: torch.Tensor, weight: torch.Tensor, ends: torch.Tensor, rest: bool) -> torch.Tensor:
+    """rows [S, K] · weight [E, K, N] by groups, under autocast in its dtype as a linear layer would."""
+    rows, weight = _autocast(rows, [rows, weight])
+    made: torch.Tensor = torch.ops.npu_fuse.grouped_matmul(rows, weight, ends, rest)
+    return made
+
+
+def grouped_linear(
+    rows: torch.Tensor, weights: list[torch.Tensor], biases: list[torch.Tensor], ends: torch.Tensor, turned: bool,
+    rest: bool,
+) -> torch.Tensor:  # fmt: skip
+    """rows [S, K] by a list of weights [K, N], or [N, K] if `turned`, and biases [N] or none; under autocast as above."""
+    number = len(weights)
+    rows, *others = _autocast(rows, [rows, *weights, *biases])
+    made: torch.Tensor = torch.ops.npu_fuse.grouped_linear(
+        rows, others[:number], others[number:], ends, turned, rest
+    )
+    return made
+
+
+def _autocast(like: torch.Tensor, values: list[torch.Tensor]) -> list[torch.Tensor]:
+    device = like.device.type
+    if not torch.is_autocast_enabled(device):
+        return values
+    dtype = torch.get_autocast_dtype(device)
+    return [v.to(dtype) if v.dtype is torch.float32 else v for v in values]

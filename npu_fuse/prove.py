@@ -53,12 +53,12 @@ class Verdict:
 def prove(site: Site, form: Form, numerics: str = "fused", target: Target = REFERENCE) -> Verdict:
     """Run every probe. Raises nothing for a wrong rewrite; the verdict says what failed."""
     started = time.perf_counter()
-    with _isolated():
+    with isolated():
         verdict = _prove(site, form, numerics, target)
     return replace(verdict, facts=replace(verdict.facts, seconds=time.perf_counter() - started), form=form.name)
 
 
-class _isolated:
+class isolated:
     """Autocast off, gradients on, float32 by default, and all as it was afterwards. Generators are our own."""
 
     def __enter__(self) -> None:
@@ -82,7 +82,7 @@ class _isolated:
 
 
 @dataclass
-class _Errors:
+class Errors:
     """Error statistics over all probes."""
 
     original: float = 0.0
@@ -95,33 +95,33 @@ class _Errors:
     overflow_avoided: bool = False
 
 
-class _Fails(Exception):
+class Fails(Exception):
     pass
 
 
 def _prove(site: Site, form: Form, numerics: str, target: Target) -> Verdict:
-    errors = _Errors()
+    errors = Errors()
     done = 0
     try:
         for emit in (form.emit, *form.also):
-            errors = _Errors()
+            errors = Errors()
             for index, probe in enumerate(PROBES):
                 _run_probe(site, replace(form, emit=emit), probe, index, errors, target)
                 done += 1
             _judge_accuracy(site, errors, numerics)
-    except _Fails as failure:
-        return Verdict(False, str(failure), _facts(errors, done))
+    except Fails as failure:
+        return Verdict(False, str(failure), facts_of(errors, done))
     except CannotShrink as problem:
-        return Verdict(False, f"no small probe can be made: {problem}", _facts(errors, done))
+        return Verdict(False, f"no small probe can be made: {problem}", facts_of(errors, done))
     notes = ("the original overflows where the fused form does not",) if errors.overflow_avoided else ()
-    return Verdict(True, "", _facts(errors, done), notes=notes)
+    return Verdict(True, "", facts_of(errors, done), notes=notes)
 
 
-def _facts(errors: _Errors, probes: int) -> ProofFacts:
+def facts_of(errors: Errors, probes: int) -> ProofFacts:
     return ProofFacts(probes, errors.same, errors.gradients, errors.original, errors.fused, errors.bit_equal)
 
 
-def _run_probe(site: Site, form: Form, probe: Probe, index: int, errors: _Errors, target: Target) -> None:
+def _run_probe(site: Site, form: Form, probe: Probe, index: int, errors: Errors, target: Target) -> None:
     sizes = _sizes(site, probe)
     generator = torch.Generator().manual_seed(SEED + index)
     own = make_inputs(site, probe, index, sizes, generator)
@@ -135,25 +135,25 @@ def _run_probe(site: Site, form: Form, probe: Probe, index: int, errors: _Errors
     actual, actual_grads = _run(site, form, lifted, sizes, "fused", gradients, target)
     for left, right in zip(expected, actual, strict=True):
         if left.shape != right.shape:
-            raise _Fails(f"interface: shape {tuple(left.shape)} became {tuple(right.shape)} at {name}")
-        difference = _relative(left, right)
+            raise Fails(f"interface: shape {tuple(left.shape)} became {tuple(right.shape)} at {name}")
+        difference = relative(left, right)
         errors.same = max(errors.same, difference)
         if not difference <= FLOAT64_TOLERANCE:
-            raise _Fails(f"same function: values differ by {difference:.3g} in float64 at {name}")
+            raise Fails(f"same function: values differ by {difference:.3g} in float64 at {name}")
     for node, left, right in zip(gradients, expected_grads, actual_grads, strict=True):
-        difference = _relative(left, right, only_finite=True)
+        difference = relative(left, right, only_finite=True)
         errors.gradients = max(errors.gradients or 0.0, difference)
         if not difference <= FLOAT64_TOLERANCE * 10:
-            raise _Fails(f"same function: the gradient to {node.name} differs by {difference:.3g} at {name}")
+            raise Fails(f"same function: the gradient to {node.name} differs by {difference:.3g} at {name}")
     with torch.no_grad():
         before, _ = _run(site, form, own, sizes, "own", [], target)
         after, _ = _run(site, form, own, sizes, "fused_own", [], target)
     for exact, left, right in zip(expected, before, after, strict=True):
         if left.dtype != right.dtype:
-            raise _Fails(f"interface: dtype {left.dtype} became {right.dtype}")
+            raise Fails(f"interface: dtype {left.dtype} became {right.dtype}")
         if not torch.equal(left.nan_to_num(), right.nan_to_num()):
             errors.bit_equal = False
-        _measure(exact.detach(), left, right, probe, errors)
+        measure(exact.detach(), left, right, probe, errors)
 
 
 def _sizes(site: Site, probe: Probe) -> Sizes:
@@ -288,7 +288,7 @@ def _apply_own(node: Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any
     return result
 
 
-def _relative(expected: torch.Tensor, actual: torch.Tensor, only_finite: bool = False) -> float:
+def relative(expected: torch.Tensor, actual: torch.Tensor, only_finite: bool = False) -> float:
     """Largest difference over the largest magnitude; infinite where non-finite places or kinds differ."""
     if expected.dtype.is_complex:
         expected, actual = torch.view_as_real(expected), torch.view_as_real(actual)
@@ -312,12 +312,12 @@ def _relative(expected: torch.Tensor, actual: torch.Tensor, only_finite: bool = 
     return difference / scale if scale > 0 else float("inf")
 
 
-def _measure(exact: torch.Tensor, before: torch.Tensor, after: torch.Tensor, probe: Probe, errors: _Errors) -> None:
+def measure(exact: torch.Tensor, before: torch.Tensor, after: torch.Tensor, probe: Probe, errors: Errors) -> None:
     if not before.dtype.is_floating_point or before.dtype == torch.float64:
         return
     usable = torch.isfinite(exact) & torch.isfinite(before)
     if bool((torch.isfinite(before) & ~torch.isfinite(after)).any()):
-        raise _Fails("no less accurate: the fused form overflows where the original does not")
+        raise Fails("no less accurate: the fused form overflows where the original does not")
     errors.overflow_avoided |= bool((~torch.isfinite(before) & torch.isfinite(after)).any())
     errors.overflow_avoided |= bool((_lost(exact, before) & ~_lost(exact, after)).any())
     if not probe.judge_accuracy or not bool(usable.any()):
@@ -338,31 +338,36 @@ def _lost(exact: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
     return (value.double() - exact).abs() > 0.5 * exact.abs().clamp_min(torch.finfo(value.dtype).smallest_normal)
 
 
-def _only_sums_otherwise(site: Site, dtype: torch.dtype, errors: _Errors) -> bool:
+def _only_sums_otherwise(dtype: torch.dtype, errors: Errors) -> bool:
     """Long sums in float32: their order is the kernel's own, and the largest error is an accident of it.
 
     The mean over all probes is none: of the same matmuls in two orders, with gates and clamps in between, the
     largest errors differed up to 2.2 times either way and the means by less than 1.1. 16-bit results are judged
     by their rounding, sums or not.
     """
-    if not site.facts.get("sums") or dtype != torch.float32:
+    if dtype != torch.float32:
         return False
     return errors.fused <= 4 * errors.original + 2.0 and errors.fused_sum <= 1.1 * errors.original_sum + 0.01
 
 
-def _judge_accuracy(site: Site, errors: _Errors, numerics: str) -> None:
-    if numerics == "exact" and not errors.bit_equal:
-        raise _Fails("numerics='exact': results are not bit-equal in the graph's dtypes on every probe")
+def _judge_accuracy(site: Site, errors: Errors, numerics: str) -> None:
     found = d.tensor(site.output)
-    if found is None or found.dtype not in (torch.float16, torch.bfloat16, torch.float32):
+    accurate(found.dtype if found is not None else None, errors, numerics, bool(site.facts.get("sums")))
+
+
+def accurate(dtype: torch.dtype | None, errors: Errors, numerics: str, sums: bool) -> None:
+    """Raise `Fails` where the fused form's errors are larger than allowed; `sums`: it adds in an order of its own."""
+    if numerics == "exact" and not errors.bit_equal:
+        raise Fails("numerics='exact': results are not bit-equal in the graph's dtypes on every probe")
+    if dtype not in (torch.float16, torch.bfloat16, torch.float32):
         return
-    allowed = 2.0 if found.dtype == torch.float32 else 0.25
-    if errors.fused > errors.original + allowed and not _only_sums_otherwise(site, found.dtype, errors):
-        raise _Fails(
+    allowed = 2.0 if dtype == torch.float32 else 0.25
+    if errors.fused > errors.original + allowed and not (sums and _only_sums_otherwise(dtype, errors)):
+        raise Fails(
             f"no less accurate: largest error {errors.fused:.2f} ulp, the original's is {errors.original:.2f} ulp"
         )
-    if found.dtype != torch.float32 and errors.fused_sum > 1.1 * errors.original_sum + 0.01:
-        raise _Fails(
+    if dtype != torch.float32 and errors.fused_sum > 1.1 * errors.original_sum + 0.01:
+        raise Fails(
             f"no less accurate: mean error {errors.fused_sum / errors.original_sum:.2f} times the original's"
             if errors.original_sum
             else "no less accurate: the original is exact and the fused form is not"

@@ -41,7 +41,7 @@ def _forward(x: torch.Tensor, weight: torch.Tensor, ends: torch.Tensor, zero_res
     if _has_kernel(x, weight):
         y = torch._grouped_mm(x, weight, offs=ends.to(torch.int32))
         return _masked(y, ends) if zero_rest else y
-    parts = [x[a:b] @ weight[e] for e, (a, b) in enumerate(_bounds(ends))]
+    parts = [x[a:b] @ weight[e] for e, (a, b) in enumerate(bounds(ends))]
     rest = x.shape[0] - sum(p.shape[0] for p in parts)
     return torch.cat([*parts, x.new_zeros(rest, weight.shape[2])])
 
@@ -52,7 +52,7 @@ def _weight_gradient(x: torch.Tensor, dy: torch.Tensor, ends: torch.Tensor) -> t
         return _npu([x.t()], [dy], ends, split_item=3, group_type=2)
     if _has_kernel(x, dy):
         return torch._grouped_mm(x.t(), dy, offs=ends.to(torch.int32))
-    return torch.stack([x[a:b].t() @ dy[a:b] for a, b in _bounds(ends)])
+    return torch.stack([x[a:b].t() @ dy[a:b] for a, b in bounds(ends)])
 
 
 def _npu(x: list[torch.Tensor], weight: list[torch.Tensor], ends: torch.Tensor, **how: int) -> torch.Tensor:
@@ -66,7 +66,7 @@ def _masked(y: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
     return y.masked_fill(rest.unsqueeze(1), 0)
 
 
-def _bounds(ends: torch.Tensor) -> list[tuple[int, int]]:
+def bounds(ends: torch.Tensor) -> list[tuple[int, int]]:
     values = [int(end) for end in ends.tolist()]
     return list(zip([0, *values[:-1]], values, strict=True))
 

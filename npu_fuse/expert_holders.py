@@ -1,0 +1,89 @@
+"""Find blocks that hold experts: several equal modules beside a router as wide, or stacked parameters [E, …]."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from torch import nn
+
+from npu_fuse.expert_params import alike
+
+
+@dataclass(frozen=True)
+class Holder:
+    """Experts of one block. `blocks`: paths of the modules whose forward may be the whole of it, innermost first."""
+
+    path: str
+    blocks: tuple[str, ...]
+    experts: int
+    widths: tuple[int, ...]
+    """Widths that its input may have, the likeliest first."""
+
+
+def holders(model: nn.Module) -> list[Holder]:
+    """Outermost first; what lies inside another holder's experts is not looked at."""
+    found: list[Holder] = []
+    for path, module in model.named_modules():
+        if any(path.startswith(h.path + ".") for h in found if h.path):
+            continue
+        experts = _stacked(module) or _listed(model, path, module)
+        if experts:
+            blocks = tuple(_blocks(model, path))
+            if blocks:
+                found.append(Holder(path, blocks, experts, _widths(model, path, blocks, experts)))
+    return found
+
+
+def _stacked(module: nn.Module) -> int:
+    """E of parameters [E, …] of three dimensions that the module holds itself."""
+    if isinstance(module, (nn.modules.conv._ConvNd, nn.RNNBase, nn.MultiheadAttention)):
+        return 0
+    sizes = {p.shape[0] for p in module._parameters.values() if p is not None and p.dim() == 3}
+    return sizes.pop() if len(sizes) == 1 and min(sizes) > 1 else 0
+
+
+def _listed(model: nn.Module, path: str, module: nn.Module) -> int:
+    """E of equal children with matrices, where a router as wide stands beside them."""
+    groups = [g for g in alike(list(module.named_children())).values() if len(g) > 1]
+    groups = [g for g in groups if any(p.dim() == 2 for p in g[0][1].parameters())]
+    if len(groups) != 1:
+        return 0
+    number = len(groups[0])
+    inner = {id(p) for _, child in groups[0] for p in child.parameters()}
+    for block in _blocks(model, path):
+        for parameter in model.get_submodule(block).parameters():
+            if id(parameter) not in inner and parameter.dim() == 2 and number in parameter.shape:
+                return number
+    return 0
+
+
+def _blocks(model: nn.Module, path: str) -> Iterator[str]:
+    """The module itself, the one that holds it, and that one's, as far as they have a forward of their own."""
+    for _ in range(3):
+        module = model.get_submodule(path)
+        if _has_forward(module):
+            yield path
+        if not path:
+            return
+        path = path.rpartition(".")[0]
+
+
+def _has_forward(module: nn.Module) -> bool:
+    forward = type(module).forward
+    return forward not in (nn.ModuleList.forward, nn.ModuleDict.forward, nn.Module.forward)
+
+
+def _widths(model: nn.Module, path: str, blocks: tuple[str, ...], experts: int) -> tuple[int, ...]:
+    """A router's other size first, then the sizes of the experts' matrices by how often they occur."""
+    routers: Counter[int] = Counter()
+    sizes: Counter[int] = Counter()
+    for parameter in model.get_submodule(blocks[-1]).parameters():
+        if parameter.dim() == 2 and experts in parameter.shape:
+            routers.update(s for s in parameter.shape if s != experts)
+    for parameter in model.get_submodule(path).parameters():
+        if parameter.dim() in (2, 3):
+            sizes.update(parameter.shape[-2:])
+    ordered = [s for s, _ in (*routers.most_common(2), *sizes.most_common(6))]
+    return tuple(dict.fromkeys(ordered))[:4]
