@@ -157,10 +157,10 @@ def _sum(a: torch.Tensor, b: torch.Tensor, route: Routing, other: Routing, write
             writer.expression(one, two) for one, two in zip(route.tensors(), other.tensors(), strict=True)
         )
         writer.line(f"tokens = {x}.reshape(-1, {route.x.shape[-1]})")
-        chosen, factors = (f"{v}.reshape(-1, {route.k})" for v in (indices, weights))
+        k = f"{indices}.shape[-1]" if route.indices.dim() > 1 and route.indices.shape[-1] == route.k else str(route.k)
+        chosen, factors = (f"{v}.reshape(-1, {k})" for v in (indices, weights))
         if route.full:
-            chosen, factors = f"{indices}.reshape(-1, {route.k})", f"{weights}.reshape(-1, {number})"
-            factors = f"{factors}.gather(1, {chosen}.long())"
+            factors = f"{weights}.reshape(-1, {number}).gather(1, {chosen}.long())"
         writer.line(
             "mixed = routed(lambda rows, ids, ends: experts(self, rows, ids, ends), tokens, "
             f"{chosen}, {factors}, {number}, {route.before}, {rest})"

@@ -69,6 +69,8 @@ def prove_block(block: nn.Module, form: Callable[..., Any], signature: Signature
             accurate(dtype, errors, numerics, sums=True)
     except Fails as failure:
         return BlockVerdict(False, str(failure), facts_of(errors, len(cases)))
+    except (RuntimeError, IndexError, ValueError) as fault:
+        return BlockVerdict(False, f"a probe does not run: {fault}", facts_of(errors, len(cases)))
     autocast = dtype is torch.float32 and _under_autocast(block, form, signature, exact)
     facts = replace(facts_of(errors, len(cases)), seconds=time.perf_counter() - started)
     return BlockVerdict(True, "", facts, autocast)

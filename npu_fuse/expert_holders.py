@@ -23,17 +23,25 @@ class Holder:
 
 
 def holders(model: nn.Module) -> list[Holder]:
-    """Outermost first; what lies inside another holder's experts is not looked at."""
+    """Innermost first: a list of layers may look like one of experts."""
     found: list[Holder] = []
     for path, module in model.named_modules():
-        if any(path.startswith(h.path + ".") for h in found if h.path):
-            continue
-        experts = _stacked(module) or _listed(model, path, module)
+        experts = _stacked(module) or _listed(model, path, module) or _flattened(model, path, module)
         if experts:
             blocks = tuple(_blocks(model, path))
             if blocks:
                 found.append(Holder(path, blocks, experts, _widths(model, path, blocks, experts)))
-    return found
+    return sorted(found, key=lambda h: -h.path.count("."))
+
+
+def likely(model: nn.Module, holder: Holder) -> bool:
+    """A router as wide as there are experts stands beside them."""
+    inner = {id(p) for p in model.get_submodule(holder.path).parameters()}
+    for block in holder.blocks:
+        for parameter in model.get_submodule(block).parameters():
+            if id(parameter) not in inner and parameter.dim() == 2 and holder.experts in parameter.shape:
+                return True
+    return False
 
 
 def _stacked(module: nn.Module) -> int:
@@ -41,11 +49,25 @@ def _stacked(module: nn.Module) -> int:
     if isinstance(module, (nn.modules.conv._ConvNd, nn.RNNBase, nn.MultiheadAttention)):
         return 0
     sizes = {p.shape[0] for p in module._parameters.values() if p is not None and p.dim() == 3}
-    return sizes.pop() if len(sizes) == 1 and min(sizes) > 1 else 0
+    return min(sizes) if sizes and min(sizes) > 1 else 0
+
+
+def _flattened(model: nn.Module, path: str, module: nn.Module) -> int:
+    """E of parameters [E · F, H] of one shape, where a router [E, H] stands beside them."""
+    shapes = Counter(tuple(p.shape) for p in module._parameters.values() if p is not None and p.dim() == 2)
+    equal = [s for s, number in shapes.items() if number > 1]
+    for block in _blocks(model, path) if len(equal) == 1 else ():
+        for parameter in model.get_submodule(block).parameters():
+            number, fits = parameter.shape[0], parameter.dim() == 2 and parameter.shape[1] == equal[0][1]
+            if fits and 1 < number < equal[0][0] and equal[0][0] % number == 0:
+                return int(number)
+    return 0
 
 
 def _listed(model: nn.Module, path: str, module: nn.Module) -> int:
     """E of equal children with matrices, where a router as wide stands beside them."""
+    if not isinstance(module, (nn.ModuleList, nn.ModuleDict)):
+        return 0
     groups = [g for g in alike(list(module.named_children())).values() if len(g) > 1]
     groups = [g for g in groups if any(p.dim() == 2 for p in g[0][1].parameters())]
     if len(groups) != 1:

@@ -50,6 +50,8 @@ class Segment:
     aliases: dict[int, int] = field(default_factory=dict)
     """Tensors that stand for others (parts of all experts' rows), by id."""
     known: set[int] = field(default_factory=set)
+    constants: set[int] = field(default_factory=set)
+    """Vectors made of parameters that all experts share."""
 
 
 def segment_of(tape: Tape, params: Params) -> Segment | str:
@@ -102,6 +104,9 @@ def _follow(tape: Tape, params: Params, segment: Segment) -> str:
     for step in tape.steps[segment.first :]:
         given = step.inputs()
         if not any(id(t) in segment.known for t in given):
+            if _of_parameters(step, segment, params):
+                collected.append(step)
+                segment.constants |= {id(t) for t in tensors_in(step.out)}
             continue
         product = product_of(step, params)
         if product is not None and product.weight.expert == segment.expert and id(product.rows) in segment.known:
@@ -173,12 +178,25 @@ def _stays_in_rows(step: Step, segment: Segment, params: Params, rows: int) -> b
             continue
         part = params.part(tensor)
         own = part is not None and part.expert == segment.expert and tensor.dim() == 1
-        if not own and not (tensor.dim() <= 1 and id(tensor) in params.paths) and tensor.dim() > 0:
+        if not own and id(tensor) not in segment.constants and not (tensor.dim() <= 1 and id(tensor) in params.paths) and tensor.dim() > 0:
             return False
     results = tensors_in(step.out)
     if any(t.dim() != 2 or {t.shape[0]} != number for t in results):
         return False
     return _over_features(step, name)
+
+
+def _of_parameters(step: Step, segment: Segment, params: Params) -> bool:
+    """A vector made of shared vectors alone, such as 1 + weight of a norm behind the experts."""
+    given = step.inputs()
+    if not given or step.plain not in d.POINTWISE | {"cast"} or step.writes:
+        return False
+    for tensor in given:
+        path = params.paths.get(id(tensor))
+        shared = path is not None and not params.member(path) and tensor.dim() == 1
+        if not shared and id(tensor) not in segment.constants:
+            return False
+    return all(t.dim() == 1 for t in tensors_in(step.out))
 
 
 def _over_features(step: Step, name: str) -> bool:

@@ -12,7 +12,7 @@ import inspect
 import logging
 import types
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -22,7 +22,7 @@ from npu_fuse.block_form import Form, propose
 from npu_fuse.block_inputs import Example, Signature, make, with_weights, working
 from npu_fuse.block_proof import BlockVerdict, prove_block
 from npu_fuse.errors import OptionError
-from npu_fuse.expert_holders import Holder, holders
+from npu_fuse.expert_holders import Holder, holders, likely
 from npu_fuse.passes.grouped_linear import MAX_LIST
 from npu_fuse.report import ProofFacts, Status
 from npu_fuse.untouched import model_untouched
@@ -80,10 +80,22 @@ def group_experts(model: nn.Module, *, numerics: str = "fused") -> ExpertsReport
         raise OptionError(f"numerics is {numerics!r}", key="numerics", remedy="give 'fused' or 'exact'")
     ungroup_experts(model)
     known: dict[Any, BlockVerdict] = {}
-    found = [_serve(model, holder, numerics, known) for holder in holders(model)]
-    report = ExpertsReport(tuple(b for b in found if b is not None))
+    found: dict[str, BlockReport] = {}
+    for holder in holders(model):
+        served = [b.path for b in found.values() if b.status is Status.FUSED]
+        if any(_within(holder.path, p) or _within(p, holder.path) for p in served):
+            continue
+        block = _serve(model, holder, numerics, known)
+        if block is not None:
+            found = {p: b for p, b in found.items() if not (block.status is Status.FUSED and _within(p, block.path))}
+            found.setdefault(block.path, block)
+    report = ExpertsReport(tuple(found.values()))
     logger.info("npu_fuse: %s", str(report).splitlines()[0])
     return report
+
+
+def _within(path: str, outer: str) -> bool:
+    return path == outer or not outer or path.startswith(outer + ".")
 
 
 def ungroup_experts(model: nn.Module) -> int:
@@ -101,7 +113,7 @@ def ungroup_experts(model: nn.Module) -> int:
 
 def _serve(model: nn.Module, holder: Holder, numerics: str, known: dict[Any, BlockVerdict]) -> BlockReport | None:
     """Try the blocks that may be the whole, innermost first; the first that is proved is served."""
-    reasons: list[tuple[int, str, Status]] = []
+    reasons: list[tuple[int, str, Status, str, int]] = []
     for path in holder.blocks:
         block = model.get_submodule(path)
         problem = _unfit(block)
@@ -112,12 +124,23 @@ def _serve(model: nn.Module, holder: Holder, numerics: str, known: dict[Any, Blo
                 result = _try(block, path, signature, numerics, known)
             if result.status is Status.FUSED:
                 _install(block, signature, result.forms)
-                return result.report
-            reasons.append((result.telling, result.report.reason, result.status))
+                return replace(result.report, notes=(*result.report.notes, *_other_ranks(reasons, path, signature.rank)))
+            reasons.append((result.telling, result.report.reason, result.status, path, signature.rank))
+    if not reasons and not likely(model, holder):
+        return None
     if not reasons:
-        return BlockReport(holder.blocks[0], Status.MISSED, "its forward runs on no inputs that were tried", holder.experts)
-    telling, reason, status = max(reasons, key=lambda r: r[0])
-    return BlockReport(holder.blocks[0], status, reason, holder.experts) if telling else None
+        return BlockReport(_outermost(holder), Status.MISSED, "its forward runs on no inputs that were tried", holder.experts)
+    telling, reason, status, *_ = max(reasons, key=lambda r: r[0])
+    return BlockReport(_outermost(holder), status, reason, holder.experts) if telling else None
+
+
+def _other_ranks(reasons: list[tuple[int, str, Status, str, int]], path: str, rank: int) -> list[str]:
+    return [f"given {r} dimensions, as it was: {why}" for _, why, _, p, r in reasons if p == path and r != rank][:1]
+
+
+def _outermost(holder: Holder) -> str:
+    """Where a block that was left is reported: two lists of experts in one block are one entry."""
+    return holder.blocks[min(1, len(holder.blocks) - 1)]
 
 
 def _unfit(block: nn.Module) -> str:

@@ -145,7 +145,7 @@ def _indices(tape: Tape, example: Example, tokens: int, number: int) -> Iterator
         k = tensor.numel() // tokens
         if k < 1 or tensor.numel() % tokens or k > number or tensor.dim() < 1:
             continue
-        if tensor.shape[-1] != k and not (k == 1 and tensor.shape[-1] == tokens):
+        if tensor.shape[-1] != k and k != 1:
             continue
         if not bool(((tensor >= 0) & (tensor < number)).all()):
             continue
