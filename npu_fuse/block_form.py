@@ -180,7 +180,8 @@ def _output(a: Any, b: Any, at: tuple[int, int], params: Params, route: Routing,
                 return _sum(a, b, route, other, writer, number, rest)
         return writer.expression(a, b)
     if type(a) in (tuple, list):
-        inner = ", ".join(_output(x, y, at, params, route, other, writer, number, rest) for x, y in zip(a, b, strict=True))
+        pairs = zip(a, b, strict=True)
+        inner = ", ".join(_output(x, y, at, params, route, other, writer, number, rest) for x, y in pairs)
         return f"[{inner}]" if isinstance(a, list) else f"({inner}{',' if len(a) == 1 else ''})"
     return writer.expression(a, b)
 

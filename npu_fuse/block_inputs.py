@@ -42,8 +42,9 @@ class Example:
 
 
 def make(
-    signature: Signature, block: nn.Module, size: tuple[int, int], seed: int, k: int = 2, how: str = "", scale: float = 1.0
-) -> Example:
+    signature: Signature, block: nn.Module, size: tuple[int, int], seed: int, k: int = 2, how: str = "",
+    scale: float = 1.0,
+) -> Example:  # fmt: skip
     """Seeded inputs of (batch, sequence). how: "one" expert for all, "same" rows, "zero" rows, "rest" (no expert)."""
     generator = torch.Generator().manual_seed(seed)
     like = next(p for p in block.parameters() if p.is_floating_point())
@@ -60,7 +61,8 @@ def make(
     if how == "rest":
         chosen.view(-1)[::3] = signature.experts
     factors = torch.rand((tokens, k), generator=generator, dtype=torch.float64) + 0.1
-    values = {"states": states.to(like.dtype), "indices": chosen, "weights": factors.to(signature.weights or like.dtype)}
+    factors = factors.to(signature.weights or like.dtype)
+    values = {"states": states.to(like.dtype), "indices": chosen, "weights": factors}
     names = sorted(signature.kinds, key=lambda n: KINDS.index(signature.kinds[n]))
     made = {n: values[signature.kinds[n]].to(like.device) for n in names}
     return Example(tuple(names), tuple(made.values()), (), made)

@@ -182,8 +182,8 @@ def _own_dtype(block: nn.Module, form: Callable[..., Any], signature: Signature,
     example = make(signature, block, case.size, SEED + index, case.k, case.how, case.scale)
     before, after = _original(block, example), form(block, *example.tensors)
     _same_kind(before, after, f"case {index} in the block's dtype")
-    for wide, left, right in zip(exact, _tensors(before), _tensors(after), strict=True):
-        left, right = left.detach(), right.detach()
+    given, made = ([t.detach() for t in _tensors(v)] for v in (before, after))
+    for wide, left, right in zip(exact, given, made, strict=True):
         if not torch.equal(left.nan_to_num(), right.nan_to_num()):
             errors.bit_equal = False
         if left.is_floating_point():

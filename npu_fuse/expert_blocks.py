@@ -16,10 +16,10 @@ from torch.fx import Node
 
 from npu_fuse import algebra, experts
 from npu_fuse import dialect as d
-from npu_fuse.expert_rows import Chain, Product, add_in_place, continues, gathered_by, is_row_wise
+from npu_fuse.expert_rows import Chain, Product, add_in_place, continues, gathered_by, is_row_wise, step_behind
 from npu_fuse.view import View, same_size, static
 
-GROUPED = frozenset(("grouped_mm", "grouped_mm_fallback"))
+GROUPED = frozenset(("grouped_mm", "grouped_mm_fallback", "grouped_matmul", "grouped_linear"))
 ROUTING = frozenset(
     "sort argsort getitem floordiv floor_divide index index_select gather reshape view flatten unsqueeze expand"
     " cast cast:other float int long histc bincount cumsum empty_like zeros_like arange setitem scatter scatter_"
@@ -49,11 +49,10 @@ def sorted_chains(view: View) -> list[Chain]:
     for node in view.nodes:
         if not node.op.startswith("call") or d.name(node) not in GROUPED:
             continue
-        arguments = experts.arguments(node)
-        if arguments is None:
+        product = _product(node)
+        if product is None:
             continue
-        rows, weight, ends = arguments
-        product = Product(rows, weight, ends, node, False, (node,))
+        rows, ends = product.rows, product.ids
         key = view.vn(ends)
         if found and found[-1][0] == key and continues(view, found[-1][1], product):
             found[-1][1].products.append(product)
@@ -62,6 +61,22 @@ def sorted_chains(view: View) -> list[Chain]:
         if ids is not None:
             found.append((key, Chain(rows, ids, [product])))
     return [chain for _, chain in found]
+
+
+def _product(node: Node) -> Product | None:
+    if d.name(node) == "grouped_linear":  # npu_fuse's own, of a list of matrices
+        rows, weights, biases, ends, turned, zero_rest = node.args
+        given = [n for n in (rows, ends) if isinstance(n, Node)]
+        if len(given) != 2 or not isinstance(weights, (list, tuple)) or not isinstance(biases, (list, tuple)):
+            return None
+        lists = [tuple(n for n in group if isinstance(n, Node)) for group in (weights, biases)]
+        return Product(given[0], lists[0], given[1], node, bool(turned), (node,), True, lists[1], bool(zero_rest))
+    arguments = experts.arguments(node)
+    if arguments is None or node.meta.get("npu_fuse"):
+        return None
+    rows, weight, ends = arguments
+    own = d.name(node) == "grouped_matmul"
+    return Product(rows, (weight,), ends, node, False, (node,), zero_rest=own and bool(node.args[3]))
 
 
 def _counted(ends: Node) -> Node | None:
@@ -88,9 +103,8 @@ def block_of(view: View, chain: Chain) -> Block | str:
     block = _tail(view, chain, tokens, indices)
     if isinstance(block, str):
         return block
-    weights = dict.fromkeys(p.weight for p in chain.products)
     block.inputs = tuple(
-        dict.fromkeys((tokens, indices, block.probs, *weights, *chain.gathered.values(), *chain.vectors))
+        dict.fromkeys((tokens, indices, block.probs, *chain.weights, *chain.gathered.values(), *chain.vectors))
     )
     inner = {n for p in chain.products for n in p.nodes} | chain.steps | set(chain.gathered) | set(block.tail)
     last = view.position[block.output]
@@ -170,6 +184,9 @@ def _tail(view: View, chain: Chain, tokens: Node, indices: Node) -> Block | str:
                 return "no routing weights [T, k] were found"
             add_in_place(view, chain, {n for p in chain.products for n in p.nodes}, view.position[tail[0]])
             return Block(chain, tokens, indices, probs, user, tail=[*tail, user])
+        elif name == "add" and node is chain.out and step_behind(view, chain, user):
+            node = user
+            continue
         elif (name == "add" and node is chain.out) or name in ROUTING or is_row_wise(user, chain.out):
             if name == "add":
                 return "a sum stands behind the experts"

@@ -70,7 +70,7 @@ class Params:
         path, whole = found
         if path in self._members:
             family, expert = self._members[path]
-            return _part(family, expert, tensor, tensor.storage_offset() - whole.storage_offset(), whole)
+            return _part(family, expert, tensor, _offset(tensor, whole), whole)
         return self._stacked_part(path, whole, tensor)
 
     def _stacked_part(self, path: str, whole: torch.Tensor, tensor: torch.Tensor) -> Part | None:
@@ -82,8 +82,12 @@ class Params:
             return None
         size = torch.Size(shape).numel()
         family = Family((path,), whole.numel() // size, shape)
-        offset = tensor.storage_offset() - whole.storage_offset()
+        offset = _offset(tensor, whole)
         return _part(family, offset // size, tensor, offset % size, whole) if family.experts > 1 else None
+
+
+def _offset(tensor: torch.Tensor, whole: torch.Tensor) -> int:
+    return int(tensor.storage_offset()) - int(whole.storage_offset())
 
 
 def _rows_of_experts(whole: torch.Tensor, tensor: torch.Tensor) -> tuple[int, ...] | None:
@@ -91,7 +95,7 @@ def _rows_of_experts(whole: torch.Tensor, tensor: torch.Tensor) -> tuple[int, ..
     if whole.dim() != 2 or tensor.dim() != 2 or not whole.is_contiguous() or whole.numel() % tensor.numel():
         return None
     shape = tuple(tensor.shape if tensor.is_contiguous() else tensor.t().shape)
-    offset = tensor.storage_offset() - whole.storage_offset()
+    offset = _offset(tensor, whole)
     fits = shape[1] == whole.shape[1] and offset % tensor.numel() == 0 and tensor.numel() < whole.numel()
     return shape if fits else None
 

@@ -22,14 +22,25 @@ ROW_WISE = d.POINTWISE | {
 
 @dataclass(frozen=True)
 class Product:
-    """rows [S, K] · weight[ids] → out [S, N]; `turned`: the weight is stored [E, N, K]."""
+    """rows [S, K] · weight[ids] → out [S, N]; `turned`: the weight is stored [E, N, K].
+
+    `listed`: experts have matrices of their own; `weights` are those, else the one that holds all. `biases` [N] each.
+    """
 
     rows: Node
-    weight: Node
+    weights: tuple[Node, ...]
     ids: Node
     out: Node
     turned: bool
     nodes: tuple[Node, ...]
+    listed: bool = False
+    biases: tuple[Node, ...] = ()
+    zero_rest: bool = False
+    """Rows of no expert are zeros by contract."""
+
+    @property
+    def weight(self) -> Node:
+        return self.weights[0]
 
 
 @dataclass
@@ -43,10 +54,26 @@ class Chain:
     gathered: dict[Node, Node] = field(default_factory=dict)
     vectors: dict[Node, None] = field(default_factory=dict)
     """Per-feature values and numbers from outside, the same for every row."""
+    end: Node | None = None
+    """The last row-wise step behind the last product (a bias added to it), if there is one."""
 
     @property
     def out(self) -> Node:
-        return self.products[-1].out
+        return self.end if self.end is not None else self.products[-1].out
+
+    @property
+    def weights(self) -> tuple[Node, ...]:
+        """Every product's matrices and biases."""
+        return tuple(dict.fromkeys(n for p in self.products for n in (*p.weights, *p.biases)))
+
+    @property
+    def listed(self) -> int:
+        """How many experts there are, where one has matrices of its own; else 0."""
+        return next((len(p.weights) for p in self.products if p.listed), 0)
+
+    @property
+    def zero_rest(self) -> bool:
+        return any(p.zero_rest for p in self.products)
 
 
 def chains(view: View) -> list[Chain]:
@@ -110,7 +137,7 @@ def product_of(view: View, node: Node) -> Product | None:
         one = result.shape[2] if matrix_first else result.shape[1]
         if static(one) != 1:
             continue
-        return Product(rows, gathered[0], gathered[1], flat, turned, (*inner, matrix, row, flat))
+        return Product(rows, (gathered[0],), gathered[1], flat, turned, (*inner, matrix, row, flat))
     return None
 
 
@@ -206,6 +233,25 @@ def add_in_place(view: View, chain: Chain, inside: set[Node], limit: int) -> Non
                 chain.steps.add(writer)
 
 
+def step_behind(view: View, chain: Chain, node: Node) -> bool:
+    """A row-wise step on the last product's rows and on what each expert or all of them have: it joins the chain."""
+    if not is_row_wise(node, chain.out) or d.mutates(node):
+        return False
+    others = [n for n in node.all_input_nodes if n is not chain.out]
+    kinds = [_kind(view, chain, n, chain.out) for n in others]
+    if not all(k in ("gathered", "vector") for k in kinds):
+        return False
+    for other, kind in zip(others, kinds, strict=True):
+        found = gathered_by(other)
+        if kind == "gathered" and found is not None:
+            chain.gathered[other] = found[0]
+        else:
+            chain.vectors[other] = None
+    chain.steps.add(node)
+    chain.end = node
+    return True
+
+
 def _kind(view: View, chain: Chain, node: Node, rows: Node) -> str:
     """step, gathered, vector, or "" for what ties rows together or comes from elsewhere."""
     found = gathered_by(node)
@@ -224,7 +270,9 @@ def _is_vector(node: Node) -> bool:
 
 def is_row_wise(node: Node, rows: Node) -> bool:
     """Row s of the result depends on row s of the operands only. Written for [S, N], and for pairs of such."""
-    if not node.op.startswith("call") or d.name(node) not in ROW_WISE or node.kwargs.get("out") is not None:
+    if not node.op.startswith("call") or node.kwargs.get("out") is not None:
+        return False
+    if d.name(node) not in ROW_WISE and not _drops_nothing(node):
         return False
     like = d.tensor(rows)
     assert like is not None
@@ -242,6 +290,13 @@ def is_row_wise(node: Node, rows: Node) -> bool:
             isinstance(node.args[1], int) or _slices_features(node.args[1])
         )
     return True
+
+
+def _drops_nothing(node: Node) -> bool:
+    """Dropout of nothing: p is 0, or it is not training."""
+    if d.name(node) != "dropout" or d.mutates(node):
+        return False
+    return d.operand(node, 1, "p", 0.5) == 0 or d.operand(node, 2, "training", True) is False
 
 
 def _slices_features(index: Any) -> bool:

@@ -21,7 +21,7 @@ LAST = ("sum", "mean", "amax", "norm", "softmax")
 ALLOWED = d.POINTWISE | {
     "cast", "softplus", "hardswish", "mish", "relu6", "leaky_relu", "elu", "logsigmoid", "celu", "selu", "hardtanh",
     "hardsigmoid", "chunk", "split", "getitem", "clone", "contiguous", "dropout", "layer_norm", "rms_norm", "where",
-    "masked_fill", "ge", "gt", "le", "lt", "view", "reshape", "float_power", "maximum", "minimum", "_log_api_usage_once",
+    "masked_fill", "ge", "gt", "le", "lt", "view", "reshape", "float_power", "maximum", "minimum",
     *LAST,
 }  # fmt: skip
 
@@ -66,8 +66,9 @@ def segment_of(tape: Tape, params: Params) -> Segment | str:
     if first.rows.dim() != 2:
         return f"an expert is given {first.rows.dim()} dimensions where rows [n, width] are expected"
     segment = Segment(
-        first.weight.expert, first.weight.family.experts, first.rows, first.rows, first.step.index, known={id(first.rows)}
-    )
+        first.weight.expert, first.weight.family.experts, first.rows, first.rows, first.step.index,
+        known={id(first.rows)},
+    )  # fmt: skip
     problem = _follow(tape, params, segment)
     return problem or segment
 
@@ -178,7 +179,8 @@ def _stays_in_rows(step: Step, segment: Segment, params: Params, rows: int) -> b
             continue
         part = params.part(tensor)
         own = part is not None and part.expert == segment.expert and tensor.dim() == 1
-        if not own and id(tensor) not in segment.constants and not (tensor.dim() <= 1 and id(tensor) in params.paths) and tensor.dim() > 0:
+        shared = id(tensor) in segment.constants or (tensor.dim() == 1 and id(tensor) in params.paths)
+        if not own and not shared and tensor.dim() > 0:
             return False
     results = tensors_in(step.out)
     if any(t.dim() != 2 or {t.shape[0]} != number for t in results):

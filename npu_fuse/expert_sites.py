@@ -13,20 +13,20 @@ from npu_fuse import algebra, experts
 from npu_fuse import dialect as d
 from npu_fuse.emit import Emitter, item
 from npu_fuse.expert_blocks import Block, ranges
-from npu_fuse.expert_rows import Chain
+from npu_fuse.expert_rows import Chain, Product
 from npu_fuse.sites import Emit, Form, Miss, Site
 from npu_fuse.view import View, same_size
 
 ROWS, EXPERTS, ALIGNED = 96, 6, (16, 8)
 SLOTS = frozenset("repeat_interleave unsqueeze expand reshape view flatten getitem contiguous clone cast".split())
-Matmul = Callable[[Emitter, Any, Any, Any], Any]
-"""Writes the grouped matmul of sorted rows, weight [E, K, N] and ends of groups."""
+Matmul = Callable[[Emitter, Product, Any, Mapping[Node, Any], Any], Any]
+"""Writes a product as a grouped matmul: of sorted rows, with its matrices from a mapping, and ends of groups."""
 
 
 def site_of(view: View, name: str, chain: Chain, matmul: Matmul, trained: bool) -> Site | Miss:
     """Permute, every product as a grouped matmul with the steps between them as they are, unpermute."""
     tokens, indices = _origin(view, chain)
-    weights = tuple(dict.fromkeys(p.weight for p in chain.products))
+    weights = chain.weights
     inputs = tuple(dict.fromkeys((tokens, indices, *weights, *chain.gathered.values(), *chain.vectors)))
     inner = {n for p in chain.products for n in p.nodes} | chain.steps | set(chain.gathered)
     allowed = inner | _path(chain.slots, tokens) | _path(chain.ids, indices)
@@ -86,14 +86,15 @@ def _path_twin(view: View, node: Node, chain: Chain) -> bool:
     return view.value_number[node] in (view.value_number[chain.ids], view.value_number[chain.slots])
 
 
-def _sizes(tokens: Node, indices: Node, weights: tuple[Node, ...]) -> dict[int, int]:
+def _sizes(tokens: Node, indices: Node, weights: tuple[Node, ...], listed: int = 0) -> dict[int, int]:
     """Widths keep their ratios and stay multiples of what kernels ask for; few experts, rows enough for all."""
     shapes = [_shape(tokens), _shape(indices), *(_shape(w) for w in weights)]
-    widths = [s for shape in shapes[2:] for s in shape[1:]] + [shapes[0][-1]]
+    widths = [s for shape in shapes[2:] for s in (shape if listed else shape[1:])] + [shapes[0][-1]]
     literal = {w for w in widths if isinstance(w, int)}
     common = math.gcd(*literal) if literal else 1
     unit = next((common // a for a in ALIGNED if common % a == 0), 1)
-    made = {shapes[2][0]: EXPERTS} if isinstance(shapes[2][0], int) and shapes[2][0] > EXPERTS else {}
+    made = {listed: listed} if listed else {}
+    made |= {shapes[2][0]: EXPERTS} if not listed and isinstance(shapes[2][0], int) and shapes[2][0] > EXPERTS else {}
     made |= {shapes[0][0]: ROWS} if isinstance(shapes[0][0], int) and shapes[0][0] > ROWS else {}
     return {**made, **{w: w // unit for w in literal}}
 
@@ -101,7 +102,6 @@ def _sizes(tokens: Node, indices: Node, weights: tuple[Node, ...]) -> dict[int, 
 def block_site(view: View, name: str, block: Block, matmul: Matmul, trained: bool) -> Site:
     """From tokens, indices and routing weights to the sum of a token's experts."""
     chain = block.chain
-    weights = tuple(dict.fromkeys(p.weight for p in chain.products))
     rows, output = d.tensor(chain.out), d.tensor(block.output)
     assert rows is not None and output is not None
 
@@ -110,13 +110,16 @@ def block_site(view: View, name: str, block: Block, matmul: Matmul, trained: boo
         y = e.fused("npu_moe_token_unpermute", made, mapping, env[block.probs])
         return e.cast(y, output.dtype)
 
-    params = {"experts": str(_shape(weights[0])[0]), "k": str(_shape(block.indices)[1]),
-              "matmuls": str(len(chain.products))}  # fmt: skip
+    weights = chain.weights
+    number = chain.listed or _shape(weights[0])[0]
+    params = {"experts": str(number), "k": str(_shape(block.indices)[1]), "matmuls": str(len(chain.products))}
+    probe = experts.indices_probe(weights[0], chain.listed, chain.zero_rest)
     return Site(
         name, block.output, block.inputs, block.nodes, (Form("permute and unpermute", emit, (trained,)),),
         chain.products[0].out, params, twins=block.twins,
-        probes={block.indices: experts.indices_probe(weights[0])}, pool=(ROWS, EXPERTS, 3, 16),
-        sizes=_sizes(block.tokens, block.indices, weights), ranges=ranges(block), facts={"kept": 0, "sums": True},
+        probes={block.indices: probe}, pool=(ROWS, EXPERTS, 3, 16),
+        sizes=_sizes(block.tokens, block.indices, weights, chain.listed), ranges=ranges(block),
+        facts={"kept": 0, "sums": True, "listed": chain.listed},
     )  # fmt: skip
 
 
@@ -132,10 +135,15 @@ def _experts(e: Emitter, env: Mapping[Node, Any], chain: Chain, tokens: Node, in
     """The chain's result on rows sorted by expert, and in which row each slot is."""
     ends_of = {p.out: p for p in chain.products}
     first = env[chain.products[0].weight]
+    number = chain.listed
     rows, mapping = _permuted(e, env[tokens], env[indices])
     slots = d.tensor(chain.slots)
     assert slots is not None
-    ends = e.shared("expert_ends", (env[indices], first), lambda i, w: e.fused("expert_ends", i, w))
+    if number:
+        key = ("expert_ends", number)
+        ends = e.shared(key, (env[indices],), lambda i: e.fused("ends_of_experts", i, number))
+    else:
+        ends = e.shared("expert_ends", (env[indices], first), lambda i, w: e.fused("expert_ends", i, w))
     made: dict[Node, Any] = {chain.slots: e.cast(rows, slots.dtype)}
     made |= {v: env[v] for v in chain.vectors}
     for node, source in chain.gathered.items():
@@ -143,9 +151,7 @@ def _experts(e: Emitter, env: Mapping[Node, Any], chain: Chain, tokens: Node, in
     for node in sorted((*ends_of, *chain.steps)):
         if node in ends_of:
             product = ends_of[node]
-            weight = env[product.weight]
-            weight = e.call(torch.transpose, weight, 1, 2) if product.turned else weight
-            made[node] = matmul(e, made[product.rows], weight, ends)
+            made[node] = matmul(e, product, made[product.rows], env, ends)
             continue
         args = torch.fx.node.map_arg(node.args, made.__getitem__)
         made[node] = e.again(node, args, torch.fx.node.map_arg(node.kwargs, made.__getitem__))

@@ -103,7 +103,8 @@ def _stacked(part: Part) -> str:
 
 def _list(part: Part) -> str:
     """E matrices or vectors as they are stored, or parts of them."""
-    index = ", ".join(_slice(s) for s in ((part.rows, part.columns) if len(part.family.shape) == 2 else (part.columns,)))
+    taken = (part.rows, part.columns) if len(part.family.shape) == 2 else (part.columns,)
+    index = ", ".join(_slice(s) for s in taken)
     sliced = f"[{index}]" if part.rows or part.columns else ""
     if part.family.stacked:
         whole = f"list({_whole(part.family)}.unbind())"

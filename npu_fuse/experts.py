@@ -42,7 +42,8 @@ def arguments(node: Node) -> tuple[Node, Node, Node] | None:
         return next((node.kwargs[n] for n in names if n in node.kwargs), None)
 
     x, weight = argument(0, "input", "self", "mat_a"), argument(1, "weight", "mat2", "mat_b")
-    ends, bias = argument(2, "offs"), argument(3, "bias")
+    ends = argument(2, "offs")
+    bias = None if d.name(node) == "grouped_matmul" else argument(3, "bias")
     value, other, groups = d.tensor(x), d.tensor(weight), d.tensor(ends)
     if value is None or other is None or groups is None or (value.dim(), other.dim(), groups.dim()) != (2, 3, 1):
         return None
@@ -69,15 +70,20 @@ def ends_probe(x: Node, covers_all: bool) -> MakeInput:
     return make
 
 
-def indices_probe(weight: Node) -> MakeInput:
-    """Indices of experts [E, …]: any; one for all rows; a few of them, so that others are empty."""
+def indices_probe(weight: Node, listed: int = 0, rest: bool = False) -> MakeInput:
+    """Indices of experts [E, …] or of a list: any; one for all rows; a few of them, so that others are empty.
+
+    rest: some of no expert, past the last.
+    """
 
     def make(made: Mapping[Node, Any], shape: tuple[int, ...], index: int, generator: torch.Generator) -> torch.Tensor:
-        experts = int(made[weight].shape[0])
+        experts = listed or int(made[weight].shape[0])
         drawn = torch.randint(0, experts, shape, generator=generator)
         if index % 4 == 3:
             return torch.full(shape, index // 4 % experts)
-        return drawn // 2 * 2 if index % 4 == 2 else drawn
+        drawn = drawn // 2 * 2 if index % 4 == 2 else drawn
+        none = torch.rand(shape, generator=generator) < 0.3
+        return torch.where(none, experts, drawn) if rest and index % 4 < 2 else drawn
 
     return make
 
@@ -176,7 +182,7 @@ def grouped_linear(
     rows: torch.Tensor, weights: list[torch.Tensor], biases: list[torch.Tensor], ends: torch.Tensor, turned: bool,
     rest: bool,
 ) -> torch.Tensor:  # fmt: skip
-    """rows [S, K] by a list of weights [K, N], or [N, K] if `turned`, and biases [N] or none; under autocast as above."""
+    """rows [S, K] by weights [K, N], or [N, K] if `turned`, and biases [N] or none; under autocast as above."""
     number = len(weights)
     rows, *others = _autocast(rows, [rows, *weights, *biases])
     made: torch.Tensor = torch.ops.npu_fuse.grouped_linear(

@@ -23,7 +23,7 @@ from npu_fuse.block_inputs import Example, Signature, make, with_weights, workin
 from npu_fuse.block_proof import BlockVerdict, prove_block
 from npu_fuse.errors import OptionError
 from npu_fuse.expert_holders import Holder, holders, likely
-from npu_fuse.passes.grouped_linear import MAX_LIST
+from npu_fuse.passes.grouped_matmul import MAX_LIST
 from npu_fuse.report import ProofFacts, Status
 from npu_fuse.untouched import model_untouched
 
@@ -124,12 +124,14 @@ def _serve(model: nn.Module, holder: Holder, numerics: str, known: dict[Any, Blo
                 result = _try(block, path, signature, numerics, known)
             if result.status is Status.FUSED:
                 _install(block, signature, result.forms)
-                return replace(result.report, notes=(*result.report.notes, *_other_ranks(reasons, path, signature.rank)))
+                notes = _other_ranks(reasons, path, signature.rank)
+                return replace(result.report, notes=(*result.report.notes, *notes))
             reasons.append((result.telling, result.report.reason, result.status, path, signature.rank))
     if not reasons and not likely(model, holder):
         return None
     if not reasons:
-        return BlockReport(_outermost(holder), Status.MISSED, "its forward runs on no inputs that were tried", holder.experts)
+        reason = "its forward runs on no inputs that were tried"
+        return BlockReport(_outermost(holder), Status.MISSED, reason, holder.experts)
     telling, reason, status, *_ = max(reasons, key=lambda r: r[0])
     return BlockReport(_outermost(holder), status, reason, holder.experts) if telling else None
 

@@ -6,6 +6,7 @@ number of its rows, as that. Everything else is refused.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -141,9 +142,9 @@ class Writer:
         if isinstance(first, torch.device):
             return self.device
         if isinstance(first, float):
-            if first != second and not (first != first and second != second):
+            if first != second and not (math.isnan(first) and math.isnan(second)):
                 raise CannotWrite(f"{first!r} in one run is {second!r} in another")
-            return repr(first) if first == first and abs(first) != float("inf") else f"float({str(first)!r})"
+            return repr(first) if math.isfinite(first) else f"float({str(first)!r})"
         if first is None or isinstance(first, (bool, str)):
             if first != second:
                 raise CannotWrite(f"{first!r} in one run is {second!r} in another")
@@ -156,7 +157,9 @@ class Writer:
 
 
 def _different(first: Step, second: Step) -> bool:
-    return first.name != second.name or len(first.args) != len(second.args) or first.kwargs.keys() != second.kwargs.keys()
+    if first.name != second.name or len(first.args) != len(second.args):
+        return True
+    return first.kwargs.keys() != second.kwargs.keys()
 
 
 def function_text(name: str, arguments: Sequence[str], lines: Sequence[str]) -> str:

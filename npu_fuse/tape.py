@@ -116,7 +116,7 @@ class Tape(TorchFunctionMode):
     """Records while it is entered. All tensors stay alive, so that identities and storages mean what they meant."""
 
     def __init__(self, regions: bool = False) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()
         self.regions = regions
         self.steps: list[Step] = []
         self.made: dict[int, list[int]] = {}
@@ -148,7 +148,9 @@ class Tape(TorchFunctionMode):
         return None
 
 
-def cut(tape: Tape, wanted: Iterable[tuple[torch.Tensor, int]], stop: Callable[[torch.Tensor, int], bool]) -> list[Step]:
+def cut(
+    tape: Tape, wanted: Iterable[tuple[torch.Tensor, int]], stop: Callable[[torch.Tensor, int], bool]
+) -> list[Step]:
     """The steps that `wanted` (tensors as they were before a step) need, in order; nothing before what `stop`s.
 
     What is written into a storage that a needed step reads belongs to it.

@@ -11,12 +11,12 @@ from typing import Any
 
 import torch
 
+from npu_fuse import dialect as d
 from npu_fuse import ops
-from npu_fuse.passes.grouped_matmul import bounds
+from npu_fuse.emit import Emitter, item
+from npu_fuse.passes.grouped_matmul import by_list
 
 NAME = "grouped_linear"
-MAX_LIST = 128
-"""Weights in one list (torch_npu's document of npu_grouped_matmul)."""
 
 
 def _forward(
@@ -32,12 +32,7 @@ def _forward(
         )[0]
         rest = torch.arange(y.shape[0], device=y.device) >= ends[-1]
         return y.masked_fill(rest.unsqueeze(1), 0) if zero_rest else y
-    parts = []
-    for e, (a, b) in enumerate(bounds(ends)):
-        weight = weights[e] if turned else weights[e].t()
-        parts.append(torch.nn.functional.linear(x[a:b], weight, biases[e] if biases else None))
-    rest_rows = x.shape[0] - sum(p.shape[0] for p in parts)
-    return torch.cat([*parts, x.new_zeros(rest_rows, parts[0].shape[1])])
+    return by_list(x, weights if turned else [w.t() for w in weights], biases, ends)
 
 
 def _fake(x: Any, weights: Any, biases: Any, ends: Any, turned: bool, zero_rest: bool) -> torch.Tensor:
@@ -87,3 +82,21 @@ ops.define(
 )  # fmt: skip
 ops.define("grouped_linear_bias_gradient(Tensor dy, Tensor ends) -> Tensor", _bias_gradient)
 ops.differentiable(NAME, _backward, _setup)
+
+
+def call(e: Emitter, rows: Any, weights: list[Any], biases: list[Any], ends: Any, turned: bool, trained: bool,
+         zero_rest: bool) -> Any:  # fmt: skip
+    """The NPU's own op in inference; with a gradient, or zeros to write, ours around it."""
+    if e.target.name == "npu":
+        rows = e.dense(rows)
+        if not trained and not zero_rest:
+            given = [e.call(torch.Tensor.t, w) for w in weights] if turned else weights
+            found = d.tensor(rows) if not isinstance(rows, torch.Tensor) else rows
+            wide = found is not None and found.dtype is torch.bfloat16  # bf16 rows want f32 biases
+            added = [e.cast(b, torch.float32) if wide else b for b in biases]
+            made = e.fused(
+                "npu_grouped_matmul", [rows], given, bias=added or None, group_list=ends, split_item=2, group_type=0,
+                group_list_type=0,
+            )  # fmt: skip
+            return item(e, made, 0)
+    return e.fused(NAME, rows, weights, biases, ends, turned, zero_rest)

@@ -24,9 +24,12 @@ from npu_fuse.targets import Target
 from npu_fuse.view import View, static
 
 NAME = "grouped_matmul"
-SPELLINGS = {"grouped_mm": False, "grouped_mm_fallback": True}
-"""Calls with torch's arguments, and whether rows of no group are zeros by contract."""
+SPELLINGS = {"grouped_mm": False, "grouped_mm_fallback": True, "grouped_matmul": False}
+"""Calls with torch's arguments, and whether rows of no group are zeros by contract. The last is the op below, which
+`group_experts` writes and which says so itself."""
 MAX_EXPERTS = 1024
+MAX_LIST = 128
+"""Weights in one list (torch_npu's document of npu_grouped_matmul)."""
 MAX_INNER = 65535
 
 
@@ -44,6 +47,16 @@ def _forward(x: torch.Tensor, weight: torch.Tensor, ends: torch.Tensor, zero_res
     parts = [x[a:b] @ weight[e] for e, (a, b) in enumerate(bounds(ends))]
     rest = x.shape[0] - sum(p.shape[0] for p in parts)
     return torch.cat([*parts, x.new_zeros(rest, weight.shape[2])])
+
+
+def by_list(x: torch.Tensor, weights: list[torch.Tensor], biases: list[torch.Tensor],
+            ends: torch.Tensor) -> torch.Tensor:  # fmt: skip
+    """x [S, K] by weights [N, K] and biases [N] or none; zeros in rows of no group."""
+    linear = torch.nn.functional.linear
+    added = [b.to(x.dtype) for b in biases]
+    parts = [linear(x[a:b], weights[e], added[e] if added else None) for e, (a, b) in enumerate(bounds(ends))]
+    rest = x.shape[0] - sum(p.shape[0] for p in parts)
+    return torch.cat([*parts, x.new_zeros(rest, parts[0].shape[1])])
 
 
 def _weight_gradient(x: torch.Tensor, dy: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
@@ -140,18 +153,29 @@ def _ends(indices: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     return torch.histc(flat, bins=experts_, min=0, max=experts_ - 1).cumsum(0, dtype=torch.int64)
 
 
+def _ends_of(indices: torch.Tensor, experts: int) -> torch.Tensor:
+    """The same for a number of experts."""
+    return _ends(indices, torch.empty((), device=indices.device).expand(experts))
+
+
 ops.define("expert_ends(Tensor indices, Tensor weight) -> Tensor", _ends)
+ops.define("ends_of_experts(Tensor indices, int experts) -> Tensor", _ends_of)
 
 
 def _npu_reference(
     x: list[torch.Tensor], weight: list[torch.Tensor], *, group_list: torch.Tensor | None = None,
     split_item: int = 0, group_type: int | None = None, group_list_type: int = 0, **rest: Any,
 ) -> list[torch.Tensor]:  # fmt: skip
-    """The floating-point forms with one x and one weight: group_type 0 (rows) and 2 (the reduced dimension)."""
-    given = [name for name, value in rest.items() if value not in (None, 0)]
-    if given or len(x) != 1 or len(weight) != 1 or group_list is None or split_item not in (2, 3):
+    """The floating-point forms with one x: group_type 0 (rows; one weight or a list) and 2 (the reduced dimension)."""
+    given = [name for name, value in rest.items() if name != "bias" and value not in (None, 0)]
+    bias = rest.get("bias")
+    listed = len(weight) > 1 and group_type == 0
+    unlike = len(x) != 1 or (not listed and (len(weight) != 1 or bool(bias)))
+    if given or unlike or group_list is None or split_item not in (2, 3):
         raise NotImplementedError(f"npu_grouped_matmul with {given or 'lists'} has no reference; use split_item 2 or 3")
     ends = group_list if group_list_type == 0 else group_list.cumsum(0)
+    if listed:
+        return [by_list(x[0], [w.t() for w in weight], bias or [], ends)]
     if group_type == 0:
         return [_forward(x[0], weight[0], ends, False)]
     return [_weight_gradient(x[0].t(), weight[0], ends)]
@@ -159,7 +183,7 @@ def _npu_reference(
 
 def _npu_fake(x: Any, weight: Any, *, group_list: torch.Tensor, group_type: int | None = None, **rest: Any) -> Any:
     if group_type == 0:
-        return [x[0].new_empty(x[0].shape[0], weight[0].shape[2])]
+        return [x[0].new_empty(x[0].shape[0], weight[0].shape[-1])]
     return [x[0].new_empty(group_list.shape[0], x[0].shape[0], weight[0].shape[1])]
 
 
@@ -179,7 +203,8 @@ ops.define(
 
 
 def recognise(view: View) -> list[Site | Miss]:
-    return [_site(view, n) for n in view.nodes if n.op.startswith("call") and d.name(n) in SPELLINGS]
+    calls = [n for n in view.nodes if n.op.startswith("call") and d.name(n) in SPELLINGS]
+    return [_site(view, n) for n in calls if not n.meta.get("npu_fuse")]
 
 
 def _site(view: View, node: Node) -> Site | Miss:
@@ -191,7 +216,8 @@ def _site(view: View, node: Node) -> Site | Miss:
     value, other = d.tensor(x), d.tensor(weight)
     assert value is not None and other is not None
     full = experts.covers_all_rows(view, ends, value.shape[0])
-    zero_rest = SPELLINGS[d.name(node)] and not full
+    contract = bool(node.args[3]) if d.name(node) == NAME else SPELLINGS[d.name(node)]
+    zero_rest = contract and not full
     trained = result.requires_grad
     copies = not _kernel_layout(other)
     form = Form("rows by ends of groups", _emit(x, weight, ends, trained, zero_rest), (trained, zero_rest))
@@ -202,7 +228,7 @@ def _site(view: View, node: Node) -> Site | Miss:
     notes = ("the NPU's kernel copies weights of these strides in every call",) if copies else ()
     return Site(
         NAME, node, (x, weight, ends), (node,), (form,), node, params, notes,
-        probes={ends: experts.ends_probe(x, covers_all=not SPELLINGS[d.name(node)] or full)},
+        probes={ends: experts.ends_probe(x, covers_all=not contract or full)},
         pool=(256, 16, 8, 32), facts={"kept": 0},
     )  # fmt: skip
 
@@ -239,14 +265,17 @@ def call(e: Emitter, rows: Any, weight: Any, ends: Any, trained: bool, zero_rest
 def limits(site: Site, form: Form, target: Target) -> Refusal | None:
     """npu_grouped_matmul with one weight tensor: dtypes, 1024 experts, inner sizes (aclnnGroupedMatmul)."""
     value = d.tensor(site.inputs[0])
+    if target.name == "npu" and site.facts.get("listed", 0) > MAX_LIST:
+        listed = site.facts["listed"]
+        return _refused("list", f"npu_grouped_matmul takes {MAX_LIST} weights in a list at most, here are {listed}")
     weight = next((t for n in site.inputs if (t := d.tensor(n)) is not None and t.dim() == 3), None)
-    if target.name != "npu" or value is None or weight is None:
+    if target.name != "npu" or value is None:
         return None
     old = target.soc is not None and target.soc.startswith("Ascend310P")
     allowed = (torch.float16,) if old else (torch.float16, torch.bfloat16, torch.float32)
     if value.dtype not in allowed:
         return _refused("dtype", f"npu_grouped_matmul takes no {value.dtype}{' on 310P' if old else ''}")
-    sizes = [static(s) for s in weight.shape]
+    sizes = [static(s) for s in weight.shape] if weight is not None else [None, None, None]
     if sizes[0] is not None and sizes[0] > MAX_EXPERTS:
         return _refused("experts", f"npu_grouped_matmul takes {MAX_EXPERTS} experts at most, here are {sizes[0]}")
     if any(s is not None and s > MAX_INNER for s in sizes[1:]):

@@ -7,14 +7,18 @@ grouped matmuls are sites of their own.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
+
+import torch
+from torch.fx import Node
 
 from npu_fuse import dialect as d
 from npu_fuse.emit import Emitter
 from npu_fuse.expert_blocks import block_of, sorted_chains
-from npu_fuse.expert_rows import Chain, chains
+from npu_fuse.expert_rows import Chain, Product, chains
 from npu_fuse.expert_sites import Matmul, block_site, site_of
-from npu_fuse.passes import grouped_matmul
+from npu_fuse.passes import grouped_linear, grouped_matmul
 from npu_fuse.sites import Miss, Rule, Site
 from npu_fuse.view import View
 
@@ -42,8 +46,13 @@ def _trained(chain: Chain) -> bool:
 def _matmul(chain: Chain) -> Matmul:
     trained = _trained(chain)
 
-    def matmul(e: Emitter, rows: Any, weight: Any, ends: Any) -> Any:
-        return grouped_matmul.call(e, rows, weight, ends, trained, zero_rest=False)
+    def matmul(e: Emitter, product: Product, rows: Any, env: Mapping[Node, Any], ends: Any) -> Any:
+        if product.listed:
+            weights, biases = [env[w] for w in product.weights], [env[b] for b in product.biases]
+            return grouped_linear.call(e, rows, weights, biases, ends, product.turned, trained, product.zero_rest)
+        weight = env[product.weight]
+        weight = e.call(torch.transpose, weight, 1, 2) if product.turned else weight
+        return grouped_matmul.call(e, rows, weight, ends, trained, product.zero_rest)
 
     return matmul
 

@@ -71,7 +71,8 @@ class EveryExpert(Block):
 
     def build(self) -> None:
         self.router = nn.Linear(self.width, self.experts_)
-        self.mlps = nn.ModuleList(Gated(self.width, self.inner, ("gate_proj", "up_proj", "down_proj")) for _ in range(self.experts_))
+        names = ("gate_proj", "up_proj", "down_proj")
+        self.mlps = nn.ModuleList(Gated(self.width, self.inner, names) for _ in range(self.experts_))
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         x = hidden.reshape(-1, hidden.shape[-1])
@@ -147,7 +148,7 @@ class Counted(Block):
 
 
 class Clamped(Block):
-    """Stacked parameters [E, in, out] with biases, interleaved halves, clamped and scaled gates; top-k before softmax."""
+    """Stacked parameters [E, in, out] with biases, interleaved halves, clamped gates; top-k before softmax."""
 
     def build(self) -> None:
         e, h, i = self.experts_, self.width, self.inner
@@ -235,8 +236,7 @@ class Given(Block):
         with torch.no_grad():
             mask = F.one_hot(indices, num_classes=self.experts_ + 1).permute(2, 1, 0)
             hit = torch.greater(mask.sum(dim=(-1, -2)), 0).nonzero()
-        for e in hit:
-            e = e[0]
+        for e in hit.unbind(1)[0]:
             if e == self.experts_:
                 continue
             j, t = torch.where(mask[e])
@@ -272,8 +272,8 @@ def make(kind: str, dtype: torch.dtype = torch.float32, **sizes: Any) -> Block:
     block = BLOCKS[kind](**sizes)
     generator = torch.Generator().manual_seed(6)
     with torch.no_grad():
-        for name, p in block.named_parameters():
+        for p in block.parameters():
             if p.requires_grad:
                 scale = 0.3 if p.dim() > 1 else 0.1
-                p.copy_(torch.randn(p.shape, generator=generator) * scale + 0.0 * len(name))
+                p.copy_(torch.randn(p.shape, generator=generator) * scale)
     return block.to(dtype)
