@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from npu_fuse import experts
+from npu_fuse import experts as grouped
 from npu_fuse.block_inputs import Example
 from npu_fuse.expert_params import Params
 from npu_fuse.expert_segment import Segment, segment_of
@@ -45,15 +45,19 @@ class Run:
     segment: Segment
 
 
-def propose(block: nn.Module, examples: tuple[Example, Example], rest: bool) -> Form | str:
+def propose(block: nn.Module, examples: tuple[Example, Example], experts: int, rest: bool) -> Form | str:
     """A form, or what stands in its way. rest: indices may name no expert (sentinels)."""
     params = Params(block)
     runs = []
     for example in examples:
+        before = [dict(vars(m)) for m in block.modules()]
         tape, result = record(block.forward, example.args, dict(example.kwargs), _full_precision(block))
+        left = _left_behind(block, before, tape, params)
+        if left:
+            return left
         if not any(s.reads for s in tape.steps):
             return "nothing in it depends on values: it is one graph as it is"
-        segment = segment_of(tape, params)
+        segment = segment_of(tape, params, experts)
         if isinstance(segment, str):
             return segment
         runs.append(Run(example, tape, result, segment))
@@ -64,6 +68,19 @@ def propose(block: nn.Module, examples: tuple[Example, Example], rest: bool) -> 
         return _written(block, params, first, second, rest)
     except CannotWrite as problem:
         return str(problem)
+
+
+def _left_behind(block: nn.Module, before: list[dict[str, Any]], tape: Tape, params: Params) -> str:
+    """What a run leaves in the block, which the grouped form would not."""
+    for module, kept in zip(block.modules(), before, strict=False):
+        changed = [n for n, v in vars(module).items() if n not in kept or kept[n] is not v]
+        if changed:
+            return f"its forward leaves a value in the attribute '{changed[0]}'"
+    own = {id(t) for t in (*block.parameters(), *block.buffers())}
+    for step in tape.steps:
+        if step.writes and step.args and any(id(t) in own for t in tensors_in(step.args[0])):
+            return f"its forward writes into {params.paths[id(step.args[0])]}"
+    return ""
 
 
 def _full_precision(block: nn.Module) -> bool:
@@ -84,7 +101,7 @@ def _written(block: nn.Module, params: Params, first: Run, second: Run, rest: bo
         route = routing_of(first.tape, first.segment, first.example, run_experts, number)
         other = route.in_run(second.tape, second.example, run_experts, number)
     outer = Writer(_sizes(first.example, second.example), f"{first.example.names[0]}.device")
-    outer.values |= {**inner.values, "routed": experts.routed}
+    outer.values |= {**inner.values, "routed": grouped.routed}
     lines = _block_lines(params, first, second, route, other, outer, number, rest)
     arguments = ("self", *first.example.names)
     text = f"{expert_lines}\n\n{function_text('block', arguments, lines)}"

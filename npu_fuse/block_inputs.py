@@ -45,7 +45,8 @@ def make(
     signature: Signature, block: nn.Module, size: tuple[int, int], seed: int, k: int = 2, how: str = "",
     scale: float = 1.0,
 ) -> Example:  # fmt: skip
-    """Seeded inputs of (batch, sequence). how: "one" expert for all, "same" rows, "zero" rows, "rest" (no expert)."""
+    """Seeded inputs of (batch, sequence). how: "one" expert for all, "same" rows, "zero" rows, "rest" (no
+    expert), "each" expert."""
     generator = torch.Generator().manual_seed(seed)
     like = next(p for p in block.parameters() if p.is_floating_point())
     tokens, k = size[0] * size[1], min(k, signature.experts)
@@ -58,6 +59,8 @@ def make(
     chosen = torch.rand((tokens, signature.experts), generator=generator).topk(k, -1).indices
     if how == "one":
         chosen = chosen[:1].expand(tokens, -1).clone()
+    if how == "each":
+        chosen = (torch.arange(tokens * k) % signature.experts).view(tokens, k)
     if how == "rest":
         chosen.view(-1)[::3] = signature.experts
     factors = torch.rand((tokens, k), generator=generator, dtype=torch.float64) + 0.1

@@ -9,7 +9,8 @@ from __future__ import annotations
 import contextlib
 import copy
 import time
-from collections.abc import Callable, Iterator
+import types
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -30,6 +31,10 @@ Call = Callable[[nn.Module, Example], Any]
 class Case:
     """One probe: (batch, sequence), experts of each token where they are given, what is special, magnitude."""
 
+    def __str__(self) -> str:
+        special = f", {self.how}" if self.how else ""
+        return f"({self.size[0]} × {self.size[1]} tokens{special}, scale {self.scale:g})"
+
     size: tuple[int, int]
     k: int = 2
     how: str = ""
@@ -41,6 +46,10 @@ CASES = (
     Case((2, 6), k=1), Case((2, 4), k=1 << 30), Case((2, 9), how="zero"), Case((5, 13), scale=1e-2), Case((1, 2)),
     Case((4, 16), scale=30.0),
 )  # fmt: skip
+NOISE = 1e-14
+"""Differences of gradients up to this share of the largest one are rounding in float64."""
+SEARCHES = 48
+"""Batches of 256 rows in which a row for each expert is looked for."""
 REST = (Case((3, 6), how="rest"), Case((1, 4), k=1, how="rest"))
 
 
@@ -51,6 +60,8 @@ class BlockVerdict:
     facts: ProofFacts = ProofFacts()
     autocast: bool = False
     """Holds under autocast too."""
+    unseen: tuple[int, ...] = ()
+    """Experts that no probe was routed to."""
 
 
 def prove_block(block: nn.Module, form: Callable[..., Any], signature: Signature, rest: bool,
@@ -61,19 +72,71 @@ def prove_block(block: nn.Module, form: Callable[..., Any], signature: Signature
     cases = (*CASES, *REST) if rest else CASES
     try:
         with isolated():
+            examples = [
+                (f"case {i} {case}", make(signature, block, case.size, SEED + i, case.k, case.how, case.scale))
+                for i, case in enumerate(cases)
+            ]
+            cover, unseen = covering(block, form, signature)
+            examples += [("the case of all experts", cover)] if cover is not None else []
             wide = copy.deepcopy(block).double()
-            exact = [_same_function(wide, form, signature, case, i, errors) for i, case in enumerate(cases)]
-            for i, case in enumerate(cases):
-                _own_dtype(block, form, signature, case, i, exact[i], errors)
+            exact = [_same_function(wide, form, example, name, i, errors) for i, (name, example) in enumerate(examples)]
+            for values, (name, example) in zip(exact, examples, strict=True):
+                _own_dtype(block, form, example, name, values, errors)
             dtype = next(p.dtype for p in block.parameters() if p.is_floating_point())
             accurate(dtype, errors, numerics, sums=True)
     except Fails as failure:
         return BlockVerdict(False, str(failure), facts_of(errors, len(cases)))
     except (RuntimeError, IndexError, ValueError) as fault:
         return BlockVerdict(False, f"a probe does not run: {fault}", facts_of(errors, len(cases)))
-    autocast = dtype is torch.float32 and _under_autocast(block, form, signature, exact)
-    facts = replace(facts_of(errors, len(cases)), seconds=time.perf_counter() - started)
-    return BlockVerdict(True, "", facts, autocast)
+    autocast = dtype is torch.float32 and _under_autocast(block, form, [e for _, e in examples], exact)
+    facts = replace(facts_of(errors, len(examples)), seconds=time.perf_counter() - started)
+    return BlockVerdict(True, "", facts, autocast, tuple(unseen))
+
+
+def covering(block: nn.Module, form: Callable[..., Any], signature: Signature) -> tuple[Example | None, set[int]]:
+    """Rows that are routed to every expert, and the experts that no row was found for.
+
+    Only the routing is run: of many seeded rows, one for each expert is kept.
+    """
+    unseen = set(range(signature.experts))
+    if "indices" in signature.kinds.values():
+        return make(signature, block, (1, signature.experts), SEED, 2, "each"), set()
+    kept: list[torch.Tensor] = []
+    example = None
+    for i in range(SEARCHES):
+        example = make(signature, block, (4, 64), SEED + 1000 + i, scale=(1.0, 0.1, 10.0)[i % 3])
+        rows = example.tensors[0].reshape(-1, signature.width)
+        chosen = _chosen(form, block, example)
+        for expert in sorted(unseen & set(chosen.flatten().tolist())):
+            kept.append(rows[(chosen == expert).any(-1).nonzero()[0, 0]])
+            unseen.discard(expert)
+        if not unseen:
+            break
+    if not kept or example is None:
+        return None, unseen
+    states = torch.stack(kept)
+    states = states.unsqueeze(0) if signature.rank == 3 else states
+    return replace(example, tensors=(states,), kwargs={example.names[0]: states}), unseen
+
+
+class _Seen(Exception):
+    pass
+
+
+def _chosen(form: Callable[..., Any], block: nn.Module, example: Example) -> torch.Tensor:
+    """The experts [T, k] that the form sends its rows to; nothing behind the routing is run."""
+
+    def stop(_: Any, x: torch.Tensor, indices: torch.Tensor, *rest: Any) -> Any:
+        raise _Seen(indices)
+
+    routing = types.FunctionType(form.__code__, {**form.__globals__, "routed": stop})
+    try:
+        with torch.no_grad():
+            routing(block, *example.tensors)
+    except _Seen as seen:
+        found: torch.Tensor = seen.args[0]
+        return found
+    raise Fails("the form sends no rows to experts")
 
 
 class Lifted(TorchFunctionMode):
@@ -92,7 +155,8 @@ def _lifted(value: Any) -> Any:
 
 
 @contextlib.contextmanager
-def _wide() -> Iterator[None]:
+def in_float64() -> Iterator[None]:
+    """Everything that runs inside asks for float64, whatever it says."""
     before = torch.get_default_dtype()
     torch.set_default_dtype(torch.float64)
     try:
@@ -110,12 +174,10 @@ def _formed(form: Callable[..., Any]) -> Call:
     return lambda block, example: form(block, *example.tensors)
 
 
-def _same_function(block: nn.Module, form: Callable[..., Any], signature: Signature, case: Case, index: int,
+def _same_function(block: nn.Module, form: Callable[..., Any], example: Example, at: str, index: int,
                    errors: Errors) -> list[Any]:  # fmt: skip
-    at = f"case {index} ({case.size[0]} × {case.size[1]} tokens{', ' + case.how if case.how else ''})"
-    example = make(signature, block, case.size, SEED + index, case.k, case.how, case.scale)
     example = _floats(example, lambda t: t.double())
-    with _wide():
+    with in_float64():
         expected, wanted = _values_and_gradients(block, _original, example, index)
         actual, got = _values_and_gradients(block, _formed(form), example, index)
     _same_kind(expected, actual, at)
@@ -124,8 +186,11 @@ def _same_function(block: nn.Module, form: Callable[..., Any], signature: Signat
         errors.same = max(errors.same, difference)
         if not difference <= FLOAT64_TOLERANCE:
             raise Fails(f"same function: values differ by {difference:.3g} in float64 at {at}")
+    largest = max((float(g.abs().max()) for g in wanted.values() if g.numel()), default=0.0)
     for name, left in wanted.items():
         difference = relative(left, got[name], only_finite=True)
+        if left.numel() == 0 or float((left - got[name]).abs().max()) <= NOISE * largest:
+            continue  # zero but for rounding, such as that to a weight divided by itself
         errors.gradients = max(errors.gradients or 0.0, difference)
         if not difference <= FLOAT64_TOLERANCE * 10:
             raise Fails(f"same function: the gradient to {name} differs by {difference:.3g} at {at}")
@@ -177,11 +242,10 @@ def _kind(t: torch.Tensor) -> str:
     return f"{str(t.dtype).removeprefix('torch.')} {tuple(t.shape)}{' with a gradient' if t.requires_grad else ''}"
 
 
-def _own_dtype(block: nn.Module, form: Callable[..., Any], signature: Signature, case: Case, index: int,
-               exact: list[torch.Tensor], errors: Errors) -> None:  # fmt: skip
-    example = make(signature, block, case.size, SEED + index, case.k, case.how, case.scale)
+def _own_dtype(block: nn.Module, form: Callable[..., Any], example: Example, at: str, exact: list[torch.Tensor],
+               errors: Errors) -> None:  # fmt: skip
     before, after = _original(block, example), form(block, *example.tensors)
-    _same_kind(before, after, f"case {index} in the block's dtype")
+    _same_kind(before, after, f"{at} in the block's dtype")
     given, made = ([t.detach() for t in _tensors(v)] for v in (before, after))
     for wide, left, right in zip(exact, given, made, strict=True):
         if not torch.equal(left.nan_to_num(), right.nan_to_num()):
@@ -190,20 +254,19 @@ def _own_dtype(block: nn.Module, form: Callable[..., Any], signature: Signature,
             measure(wide.detach(), left, right, Probe(()), errors)
 
 
-def _under_autocast(block: nn.Module, form: Callable[..., Any], signature: Signature,
+def _under_autocast(block: nn.Module, form: Callable[..., Any], examples: Sequence[Example],
                     exact: list[list[torch.Tensor]]) -> bool:  # fmt: skip
     """In bfloat16 autocast no further from float64 than the block, and of the same dtypes."""
     errors = [0.0, 0.0, 0.0, 0.0]
     device = next(block.parameters()).device.type
     with isolated(), torch.autocast(device, torch.bfloat16), torch.no_grad():
-        for index, case in enumerate(CASES):
-            example = make(signature, block, case.size, SEED + index, case.k, case.how, case.scale)
+        for values, example in zip(exact, examples, strict=True):
             try:
                 before, after = _original(block, example), form(block, *example.tensors)
                 _same_kind(before, after, "")
             except (Fails, RuntimeError):
                 return False
-            for wide, left, right in zip(exact[index], _tensors(before), _tensors(after), strict=True):
+            for wide, left, right in zip(values, _tensors(before), _tensors(after), strict=True):
                 if left.is_floating_point():
                     scale = float(wide.abs().max()) or 1.0
                     off = [(t.double() - wide.detach()).abs() / scale for t in (left, right)]

@@ -52,7 +52,7 @@ class Params:
         for path, value in named:
             self.paths.setdefault(id(value), path)
         self._members: dict[str, tuple[Family, int]] = {}
-        for path, place in _members(block):  # outer containers come first: gate and up of one expert are equal too
+        for path, place in _members(block):  # outer containers come first
             self._members.setdefault(path, place)
         self._at: dict[int, tuple[str, torch.Tensor]] = {}
         for path, value in block.named_parameters():
@@ -134,7 +134,9 @@ def _range(start: int, number: int, step: int, size: int) -> tuple[int, int, int
 def _members(block: nn.Module) -> Iterator[tuple[str, tuple[Family, int]]]:
     """Parameters of modules that a container holds several equal ones of."""
     for path, container in block.named_modules():
-        children = [(n, c) for n, c in container.named_children()]
+        if not isinstance(container, (nn.ModuleList, nn.ModuleDict)):
+            continue  # gate and up of one expert are equal too
+        children = list(container.named_children())
         for group in alike(children).values():
             if len(group) < 2:
                 continue

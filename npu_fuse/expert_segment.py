@@ -54,9 +54,10 @@ class Segment:
     """Vectors made of parameters that all experts share."""
 
 
-def segment_of(tape: Tape, params: Params) -> Segment | str:
-    """The first expert's segment that had rows, or why there is none."""
+def segment_of(tape: Tape, params: Params, experts: int) -> Segment | str:
+    """The segment of the first of `experts` that had rows, or why there is none."""
     found = [p for s in tape.steps if (p := product_of(s, params)) is not None]
+    found = [p for p in found if p.weight.family.experts == experts]
     if not found:
         return "no matmul with an expert's own matrix was seen"
     with_rows = [p for p in found if p.rows.shape[0] > 0]

@@ -23,6 +23,7 @@ from npu_fuse.block_inputs import Example, Signature, make, with_weights, workin
 from npu_fuse.block_proof import BlockVerdict, prove_block
 from npu_fuse.errors import OptionError
 from npu_fuse.expert_holders import Holder, holders, likely
+from npu_fuse.expert_params import alike
 from npu_fuse.passes.grouped_matmul import MAX_LIST
 from npu_fuse.report import ProofFacts, Status
 from npu_fuse.untouched import model_untouched
@@ -119,14 +120,19 @@ def _serve(model: nn.Module, holder: Holder, numerics: str, known: dict[Any, Blo
         problem = _unfit(block)
         if problem:
             return BlockReport(path, Status.MISSED, problem, holder.experts)
-        for signature in working(block, holder.widths, holder.experts):
-            with model_untouched(block, ()):
+        served = None
+        with model_untouched(block, ()):
+            for signature in working(block, holder.widths, holder.experts):
                 result = _try(block, path, signature, numerics, known)
-            if result.status is Status.FUSED:
-                _install(block, signature, result.forms)
-                notes = _other_ranks(reasons, path, signature.rank)
-                return replace(result.report, notes=(*result.report.notes, *notes))
-            reasons.append((result.telling, result.report.reason, result.status, path, signature.rank))
+                if result.status is Status.FUSED:
+                    served = signature, result
+                    break
+                reasons.append((result.telling, result.report.reason, result.status, path, signature.rank))
+        if served is not None:
+            signature, result = served
+            _install(block, signature, result.forms)
+            notes = _other_ranks(reasons, path, signature.rank)
+            return replace(result.report, notes=(*result.report.notes, *notes))
     if not reasons and not likely(model, holder):
         return None
     if not reasons:
@@ -174,11 +180,12 @@ def _try(block: nn.Module, path: str, signature: Signature, numerics: str, known
     forms: dict[bool, tuple[Form, bool]] = {}
     reasons: dict[bool, tuple[int, str, Status]] = {}
     facts = None
+    never: set[int] = set()
     for training in (False, True):
         with _mode(block, training):
             examples = (make(signature, block, SIZES[0], 1), make(signature, block, SIZES[1], 2))
             try:
-                form = propose(block, examples, rest)
+                form = propose(block, examples, signature.experts, rest)
             except Exception as fault:
                 logger.debug("no form for %s", path, exc_info=True)
                 form = f"{type(fault).__name__}: {fault}"
@@ -191,8 +198,13 @@ def _try(block: nn.Module, path: str, signature: Signature, numerics: str, known
                 continue
             verdict = _verdict(block, form, signature, rest, numerics, training, known)
             facts = verdict.facts
-            if verdict.holds:
+            unseen = verdict.unseen if verdict.holds else ()
+            if unseen and not _alike(block):
+                why = f"no probe was routed to expert {unseen[0]}, and the experts' attributes are not all equal"
+                reasons[training] = (4, why, Status.REFUSED_BY_PROOF)
+            elif verdict.holds:
                 forms[training] = form, verdict.autocast
+                never |= set(unseen)
             else:
                 reasons[training] = (4, verdict.reason, Status.REFUSED_BY_PROOF)
     if not forms:
@@ -201,11 +213,27 @@ def _try(block: nn.Module, path: str, signature: Signature, numerics: str, known
     modes = [("train" if mode else "eval") for mode in forms]
     modes += ["autocast"] if all(ok for _, ok in forms.values()) else []
     form = next(iter(forms.values()))[0]
-    notes = (*form.notes, *(f"in {'training' if m else 'inference'} as it was: {r[1]}" for m, r in reasons.items()))
+    kept = [f"in {'training' if mode else 'inference'} as it was: {r[1]}" for mode, r in reasons.items()]
+    notes = (*form.notes, *_not_seen(never), *kept)
     report = BlockReport(
         path, Status.FUSED, "", form.experts, form.k, tuple(modes), form.text, facts, notes
     )  # fmt: skip
     return _Tried(report, forms, 5)
+
+
+def _not_seen(never: set[int]) -> list[str]:
+    which = ", ".join(map(str, sorted(never)))
+    return [f"no probe was routed to {which}: taken to compute what the other experts do"] if never else []
+
+
+def _alike(block: nn.Module) -> bool:
+    """Experts in a list have the same plain attributes: what differs is their parameters."""
+    for _, container in block.named_modules():
+        if isinstance(container, (nn.ModuleList, nn.ModuleDict)):
+            for group in alike(list(container.named_children())).values():
+                if len({_plain(child) for _, child in group}) > 1:
+                    return False
+    return True
 
 
 def _telling(reason: str) -> int:

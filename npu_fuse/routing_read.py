@@ -130,11 +130,14 @@ def _rows_of(tape: Tape, segment: Segment) -> tuple[torch.Tensor, bool]:
             source, before = wide[0], True
         elif maker.plain == "cast" and isinstance(source, torch.Tensor) and source.dtype == tensor.dtype:
             pass
-        elif maker.plain not in GATHERS or not isinstance(source, torch.Tensor):
-            return tensor, before
-        elif source.dim() == tensor.dim() and source.shape[-1] != tensor.shape[-1]:
+        elif maker.plain not in GATHERS or not isinstance(source, torch.Tensor) or _narrows(source, tensor):
             return tensor, before
         tensor, at = source, maker.index
+
+
+def _narrows(source: torch.Tensor, tensor: torch.Tensor) -> bool:
+    """A part of the features was taken: the rows are no whole rows of the source."""
+    return source.dim() == tensor.dim() and source.shape[-1] != tensor.shape[-1]
 
 
 def _indices(tape: Tape, example: Example, tokens: int, number: int) -> Iterator[torch.Tensor]:
