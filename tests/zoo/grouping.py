@@ -73,6 +73,10 @@ def build(name: str, mode: reference.Mode) -> Built:
     return built
 
 
+def _within(path: str, outer: str) -> bool:
+    return f"{path}.".startswith(f"{outer}.")
+
+
 def measure_grouping(name: str, mode_name: str) -> dict[str, Any]:
     """Blocks found and grouped, reasons, and results of the compiled model against eager and float64."""
     mode = measure.MODES[mode_name]
@@ -86,7 +90,7 @@ def measure_grouping(name: str, mode_name: str) -> dict[str, Any]:
     built.model.zero_grad(set_to_none=True)
     report = npu_fuse.group_experts(built.model)
     served = [b.path for b in report.blocks if b.status is Status.FUSED]
-    record["grouped"] = sum(any(p == s or p.startswith(s + ".") or s.startswith(p + ".") for s in served) for p in found)
+    record["grouped"] = sum(any(_within(p, s) or _within(s, p) for s in served) for p in found)
     record["left"] = [f"{b.path}: {b.reason}" for b in report.blocks if b.status is not Status.FUSED]
     record["modes"] = sorted({m for b in report.blocks for m in b.modes})
     npu_fuse.clear_reports()

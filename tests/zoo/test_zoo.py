@@ -16,7 +16,7 @@ import torch
 
 pytest.importorskip("transformers")
 
-from . import catalog, measure, truth
+from . import catalog, grouping, measure, truth
 from .unfusable import UNFUSABLE
 
 pytestmark = pytest.mark.zoo
@@ -62,6 +62,29 @@ def test_architecture(mode: str, name: str) -> None:
         done = sites.get("fused", {}).get(op, 0) + sites.get("refused_by_profit", {}).get(op, 0)
         excused, _ = UNFUSABLE.get(name, {}).get(op, (0, ""))
         assert done + excused >= number, f"{op}: {done} of {number}; not fused: {record['unfused']}"
+
+
+LOOPS = (
+    "qwen2_moe", "gpt_oss", "granitemoe", "jetmoe", "dbrx", "nemotron_h", "afmoe", "bailing_hybrid", "flex_olmo",
+    "glm4_moe_lite", "hunyuan_v1_moe", "hy_v4", "inkling2_text", "mimo_v2_flash", "qwen3_next", "zaya", "itt:aria",
+    "itt:glm5_next", "itt:minimax_m3_vl", "itt:qwen3_vl_moe", "itt:qwen4_exp",
+)  # fmt: skip
+"""Of the quarter, those whose experts are loops under `experts_implementation="eager"`."""
+OTHERWISE = {"jetmoe": 2}
+"""Loops that are no sum of experts: attention whose queries come from experts."""
+LOOP_CASES = [
+    *(("bf16", name) for name in LOOPS[:6]),
+    *(pytest.param("bf16", name, marks=pytest.mark.slow) for name in LOOPS[6:]),
+    *(pytest.param("fp32-train", name, marks=pytest.mark.slow) for name in LOOPS),
+]
+
+
+@pytest.mark.parametrize(("mode", "name"), LOOP_CASES)
+def test_loops_over_experts_are_grouped(mode: str, name: str) -> None:
+    record = grouping.measure_grouping(name, mode)
+    assert record["loops"] > 0 and not record["fused_error"]
+    assert record["grouped"] + OTHERWISE.get(name, 0) == record["loops"], record
+    assert record["accuracy"]["within_bound"], record["accuracy"]
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma3_text", "glm", "youtu", "hy_v4", "reformer", "codegen"])
