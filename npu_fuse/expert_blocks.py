@@ -41,6 +41,8 @@ class Block:
     twins: tuple[tuple[Node, Node], ...] = ()
     inputs: tuple[Node, ...] = ()
     tail: list[Node] = field(default_factory=list)
+    dense: bool = False
+    """All experts are computed for all tokens, most of them for nothing."""
 
 
 def sorted_chains(view: View) -> list[Chain]:

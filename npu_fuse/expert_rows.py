@@ -56,6 +56,8 @@ class Chain:
     """Per-feature values and numbers from outside, the same for every row."""
     end: Node | None = None
     """The last row-wise step behind the last product (a bias added to it), if there is one."""
+    count: int = 0
+    """How many experts there are, where the graph's structure says it: a branch for each."""
 
     @property
     def out(self) -> Node:

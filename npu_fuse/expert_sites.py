@@ -17,6 +17,7 @@ from npu_fuse.expert_rows import Chain, Product
 from npu_fuse.sites import Emit, Form, Miss, Site
 from npu_fuse.view import View, same_size
 
+DENSE = "experts of weight zero are not computed: where one of them overflowed, the code gave NaN for the token"
 ROWS, EXPERTS, ALIGNED = 96, 6, (16, 8)
 SLOTS = frozenset("repeat_interleave unsqueeze expand reshape view flatten getitem contiguous clone cast".split())
 Matmul = Callable[[Emitter, Product, Any, Mapping[Node, Any], Any], Any]
@@ -89,7 +90,7 @@ def _path_twin(view: View, node: Node, chain: Chain) -> bool:
 def _sizes(tokens: Node, indices: Node, weights: tuple[Node, ...], listed: int = 0) -> dict[int, int]:
     """Widths keep their ratios and stay multiples of what kernels ask for; few experts, rows enough for all."""
     shapes = [_shape(tokens), _shape(indices), *(_shape(w) for w in weights)]
-    widths = [s for shape in shapes[2:] for s in (shape if listed else shape[1:])] + [shapes[0][-1]]
+    widths = [s for shape in shapes[2:] for s in (shape if len(shape) < 3 else shape[1:])] + [shapes[0][-1]]
     literal = {w for w in widths if isinstance(w, int)}
     common = math.gcd(*literal) if literal else 1
     unit = next((common // a for a in ALIGNED if common % a == 0), 1)
@@ -111,15 +112,17 @@ def block_site(view: View, name: str, block: Block, matmul: Matmul, trained: boo
         return e.cast(y, output.dtype)
 
     weights = chain.weights
-    number = chain.listed or _shape(weights[0])[0]
+    number = chain.count or chain.listed or _shape(weights[0])[0]
     params = {"experts": str(number), "k": str(_shape(block.indices)[1]), "matmuls": str(len(chain.products))}
-    probe = experts.indices_probe(weights[0], chain.listed, chain.zero_rest)
+    distinct = block.dense and d.name(block.indices) == "getitem"  # of a top-k
+    probe = experts.indices_probe(weights[0], chain.count or chain.listed, chain.zero_rest, distinct)
     return Site(
         name, block.output, block.inputs, block.nodes, (Form("permute and unpermute", emit, (trained,)),),
         chain.products[0].out, params, twins=block.twins,
         probes={block.indices: probe}, pool=(ROWS, EXPERTS, 3, 16),
-        sizes=_sizes(block.tokens, block.indices, weights, chain.listed), ranges=ranges(block),
-        facts={"kept": 0, "sums": True, "listed": chain.listed},
+        sizes=_sizes(block.tokens, block.indices, weights, chain.count or chain.listed), ranges=ranges(block),
+        facts={"kept": 0, "sums": True, "listed": chain.listed, "dense": block.dense},
+        notes=(DENSE,) if block.dense else (),
     )  # fmt: skip
 
 

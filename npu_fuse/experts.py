@@ -70,14 +70,18 @@ def ends_probe(x: Node, covers_all: bool) -> MakeInput:
     return make
 
 
-def indices_probe(weight: Node, listed: int = 0, rest: bool = False) -> MakeInput:
+def indices_probe(weight: Node, listed: int = 0, rest: bool = False, distinct: bool = False) -> MakeInput:
     """Indices of experts [E, …] or of a list: any; one for all rows; a few of them, so that others are empty.
 
-    rest: some of no expert, past the last.
+    rest: some of no expert, past the last. distinct: a token's experts differ, as those of a top-k do.
     """
 
     def make(made: Mapping[Node, Any], shape: tuple[int, ...], index: int, generator: torch.Generator) -> torch.Tensor:
         experts = listed or int(made[weight].shape[0])
+        if distinct and shape[-1] <= experts:
+            ranked = torch.rand((*shape[:-1], experts), generator=generator).argsort(-1)
+            ranked = ranked[:1].expand_as(ranked) if index % 4 == 3 else ranked
+            return ranked[..., : shape[-1]].clone()
         drawn = torch.randint(0, experts, shape, generator=generator)
         if index % 4 == 3:
             return torch.full(shape, index // 4 % experts)

@@ -140,6 +140,9 @@ def resized(node: Node, env: Mapping[Node, Any], sizes: Sizes) -> tuple[tuple[An
     name = d.name(node)
     if name == "cast":
         return (look_up(node.args[0]),), {}
+    if name in ("zeros", "new_zeros") and (made := d.tensor(node)) is not None:
+        first = (look_up(node.args[0]),) if name == "new_zeros" else ()
+        return (*first, sizes.shape(made.shape)), {"dtype": made.dtype}
     if name in d.LIKE_ANOTHER:
         return _like_another(node, look_up(node.args[0]), sizes), {}
     args = tuple(look_up(a) for a in node.args)
