@@ -172,7 +172,7 @@ def _block(view: View, branches: list[Branch], weighted: list[Node]) -> Block | 
     output, adds = total
     lasts = [next(n for n in w.all_input_nodes if n in set(b.nodes)) for b, w in zip(branches, weighted, strict=True)]
     factors = [next(n for n in w.all_input_nodes if n is not last) for w, last in zip(weighted, lasts, strict=True)]
-    routing = _routing(branches[0].root, factors)
+    routing = routing_of(branches[0].root, factors)
     if isinstance(routing, str):
         return routing
     indices, probs, between = routing
@@ -217,7 +217,7 @@ def _is_zero(value: Any) -> bool:
     return isinstance(value, (int, float)) and value == 0
 
 
-def _routing(root: Node, factors: list[Node]) -> tuple[Node, Node, set[Node]] | str:
+def routing_of(root: Node, factors: list[Node]) -> tuple[Node, Node, set[Node]] | str:
     """Indices [T, k], weights [T, k] and what makes the branches' factors of them."""
     rows = d.tensor(root)
     assert rows is not None
@@ -266,7 +266,8 @@ def _chosen(node: Node, rows: Any) -> bool:
     if node.op == "placeholder":
         return True
     source = node.args[0] if node.args else None
-    return d.name(node) == "getitem" and isinstance(source, Node) and d.name(source) == "topk" and node.args[1] == 1
+    is_second = d.name(node) == "getitem" and node.args[1] == 1
+    return bool(is_second and isinstance(source, Node) and d.name(source) == "topk")
 
 
 def _chain(branches: list[Branch], indices: Node, last: Node) -> Chain | str:

@@ -17,6 +17,7 @@ from npu_fuse import dialect as d
 from npu_fuse.emit import Emitter
 from npu_fuse.expert_blocks import block_of, sorted_chains
 from npu_fuse.expert_branches import branch_blocks
+from npu_fuse.expert_dense import dense_blocks
 from npu_fuse.expert_rows import Chain, Product, chains
 from npu_fuse.expert_sites import Matmul, block_site, site_of
 from npu_fuse.passes import grouped_linear, grouped_matmul
@@ -34,7 +35,7 @@ def recognise(view: View) -> list[Site | Miss]:
             found.append(Miss(NAME, chain.products[0].out, "moe_routing.block", block))
         else:
             found.append(block_site(view, NAME, block, _matmul(chain), _trained(chain)))
-    for dense in branch_blocks(view):
+    for dense in (*branch_blocks(view), *dense_blocks(view)):
         if isinstance(dense, tuple):
             found.append(Miss(NAME, dense[0], "moe_routing.branches", dense[1]))
         else:
