@@ -66,7 +66,7 @@ def test_architecture(mode: str, name: str) -> None:
 
 LOOPS = (
     "qwen2_moe", "gpt_oss", "granitemoe", "jetmoe", "dbrx", "nemotron_h", "afmoe", "bailing_hybrid", "flex_olmo",
-    "glm4_moe_lite", "hunyuan_v1_moe", "hy_v4", "inkling2_text", "mimo_v2_flash", "qwen3_next", "zaya", "itt:aria",
+    "glm4_moe_lite", "hunyuan_v1_moe", "hy_v4", "mimo_v2_flash", "qwen3_next", "zaya", "itt:aria",
     "itt:glm5_next", "itt:minimax_m3_vl", "itt:qwen3_vl_moe", "itt:qwen4_exp",
 )  # fmt: skip
 """Of the quarter, those whose experts are loops under `experts_implementation="eager"`."""
