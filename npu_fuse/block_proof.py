@@ -215,9 +215,7 @@ def _values_and_gradients(block: nn.Module, call: Call, example: Example,
         return result, {n: torch.zeros_like(t) for n, t in wanted.items()}
     factors = [torch.randn(t.shape, generator=generator, dtype=torch.float64).to(t.device) for t in outputs]
     found = torch.autograd.grad(outputs, list(wanted.values()), factors, allow_unused=True)
-    return result, {
-        n: torch.zeros_like(t) if g is None else g for (n, t), g in zip(wanted.items(), found, strict=True)
-    }
+    return result, {n: torch.zeros_like(t) if g is None else g for (n, t), g in zip(wanted.items(), found, strict=True)}
 
 
 def _tensors(value: Any) -> list[torch.Tensor]:
@@ -273,5 +271,3 @@ def _under_autocast(block: nn.Module, form: Callable[..., Any], examples: Sequen
                     errors[0], errors[1] = max(errors[0], float(off[0].max())), max(errors[1], float(off[1].max()))
                     errors[2], errors[3] = errors[2] + float(off[0].mean()), errors[3] + float(off[1].mean())
     return errors[1] <= errors[0] * 1.25 + 2**-9 and errors[3] <= errors[2] * 1.1 + 2**-12
-
-

@@ -251,5 +251,3 @@ def _root(slots: Node, output: Node) -> Node | None:
             return None
         node = node.args[0]
     return None
-
-

@@ -189,9 +189,7 @@ def grouped_linear(
     """rows [S, K] by weights [K, N], or [N, K] if `turned`, and biases [N] or none; under autocast as above."""
     number = len(weights)
     rows, *others = _autocast(rows, [rows, *weights, *biases])
-    made: torch.Tensor = torch.ops.npu_fuse.grouped_linear(
-        rows, others[:number], others[number:], ends, turned, rest
-    )
+    made: torch.Tensor = torch.ops.npu_fuse.grouped_linear(rows, others[:number], others[number:], ends, turned, rest)
     return made
 
 
