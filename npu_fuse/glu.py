@@ -126,9 +126,7 @@ def limits(site: Site, form: Form, target: Target) -> Refusal | None:
     return None
 
 
-def no_backward(site: Site, target: Target, why: str) -> Refusal | None:
-    """The target's op cannot be trained: refuse where a gradient would pass through it."""
-    value = d.tensor(site.output)
-    if target.name == "npu" and value is not None and value.requires_grad:
-        return Refusal(Status.REFUSED_BY_TARGET, "glu.backward", why)
-    return None
+def is_trained(gate: g.Gate) -> bool:
+    """Whether a gradient passes through the gate."""
+    output = d.tensor(gate.output)
+    return output is not None and output.requires_grad
