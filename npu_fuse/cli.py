@@ -142,14 +142,23 @@ def chips(models: tuple[str, ...], chips: tuple[str, ...], as_json: bool, **sett
 
 
 @main.command()
-def doctor() -> None:
+@click.option("--json", "as_json", is_flag=True, help="Print JSON, not lines.")
+@click.option("--no-probe", is_flag=True, help="Start no child process: only look at this one and its environment.")
+def doctor(as_json: bool, no_probe: bool) -> None:
     """Say what on this machine keeps npu_fuse from working, or from being fast."""
+    import json
+    from dataclasses import asdict
+
     from npu_fuse.doctor import doctor as look
 
-    findings = look()
-    for finding in findings:
-        click.echo(str(finding))
-    if any(finding.level == "error" for finding in findings):
+    findings = look(probe=not no_probe)
+    broken = any(finding.level == "error" for finding in findings)
+    if as_json:
+        click.echo(json.dumps({"broken": broken, "findings": [asdict(finding) for finding in findings]}, indent=2))
+    else:
+        for finding in findings:
+            click.echo(str(finding))
+    if broken:
         sys.exit(1)
 
 
