@@ -6,7 +6,8 @@ import contextlib
 
 # Nothing above `backend` needs torch: where torch itself fails to load, `doctor` must still be able to say why.
 from npu_fuse import errors
-from npu_fuse.doctor import Finding, doctor
+from npu_fuse.doctor import doctor
+from npu_fuse.findings import Finding
 from npu_fuse.options import Options, check_options
 from npu_fuse.report import GraphReport, SiteReport, Status, clear_reports, reports
 

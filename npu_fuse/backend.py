@@ -14,7 +14,8 @@ from torch.fx import GraphModule
 from npu_fuse import dump, shadow, steps
 from npu_fuse.announce import announce
 from npu_fuse.capture import graphs_of
-from npu_fuse.handoff import hand_off, handoff_name
+from npu_fuse.handoff import hand_off
+from npu_fuse.handoff_choice import choose
 from npu_fuse.options import Options
 from npu_fuse.passes import RULES
 from npu_fuse.proof_cache import disk_cache
@@ -81,9 +82,10 @@ def plan(
             errors.append(f"{type(fault).__name__}: {fault}")
     dump.candidates(options, graph_id, sites)
     dump.graph(options, graph_id, "2_lowered", gm)
+    handoff = choose(options, target, training)
     return GraphReport(
-        graph_id, training, target.name, handoff_name(options, target, training), nodes, tuple(sites), seconds,
-        dynamic=_is_dynamic(example_inputs), errors=tuple(errors),
+        graph_id, training, target.name, handoff.name, nodes, tuple(sites), seconds,
+        dynamic=_is_dynamic(example_inputs), errors=tuple(errors), handoff_reason=handoff.reason, soc=target.soc,
     )  # fmt: skip
 
 

@@ -107,14 +107,58 @@ def check(model: str, require: str, **settings: Any) -> None:
 
 
 @main.command()
-def doctor() -> None:
+@click.argument("models", metavar="TARGET...", nargs=-1, required=True)
+@click.option("--soc", "chips", multiple=True, help="A chip; may be repeated. [default: one of each family]")
+@click.option("--train", is_flag=True, help="With gradients, in training mode; else inference.")
+@click.option("--dtype", type=click.Choice(DTYPES), default="bfloat16", show_default=True)
+@click.option("--dynamic", is_flag=True, help="Compile with symbolic sizes.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON, not a table.")
+def chips(models: tuple[str, ...], chips: tuple[str, ...], as_json: bool, **settings: Any) -> None:
+    """Print what each chip fuses of each TARGET (a model as for `explain`), and what it refuses and why.
+
+    No chip has to be here, nor torch_npu.
+    """
+    import json
+
+    from npu_fuse import chip_table
+    from npu_fuse.chip_names import EXAMPLES
+
+    wanted = chips or EXAMPLES
+    left = dict.fromkeys((*_OPTION_NAMES, "full", "layers"))
+    found = {
+        model: {
+            chip: chip_table.coverage(_report(model, {**left, **settings, "target": "npu", "soc": chip}))
+            for chip in wanted
+        }
+        for model in models
+    }
+    if as_json:
+        click.echo(json.dumps(chip_table.to_dict(found), indent=2))
+        return
+    for line in chip_table.lines(["model", "op", *wanted], chip_table.rows(found, wanted)):
+        click.echo(line)
+    for reason in chip_table.reasons(found):
+        click.echo(f"  {reason}")
+
+
+@main.command()
+@click.option("--json", "as_json", is_flag=True, help="Print JSON, not lines.")
+@click.option("--no-probe", is_flag=True, help="Start no child process: only look at this one and its environment.")
+def doctor(as_json: bool, no_probe: bool) -> None:
     """Say what on this machine keeps npu_fuse from working, or from being fast."""
+    import json
+    from dataclasses import asdict
+
     from npu_fuse.doctor import doctor as look
 
-    findings = look()
-    for finding in findings:
-        click.echo(str(finding))
-    if any(finding.level == "error" for finding in findings):
+    findings = look(probe=not no_probe)
+    broken = any(finding.level == "error" for finding in findings)
+    if as_json:
+        click.echo(json.dumps({"broken": broken, "findings": [asdict(finding) for finding in findings]}, indent=2))
+    else:
+        for finding in findings:
+            click.echo(str(finding))
+    if broken:
         sys.exit(1)
 
 

@@ -10,11 +10,12 @@ import contextlib
 import os
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from importlib import metadata, util
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
+from npu_fuse import doctor_env
+from npu_fuse.findings import Finding
 from npu_fuse.options import CACHE_DIR_VARIABLE
 
 OLDEST_TORCH = (2, 10)
@@ -22,25 +23,20 @@ NEWEST_TORCH = (2, 14)
 BACKEND = "npu_fuse.backend:backend"
 CANN_LIBRARY = "libascendcl.so"
 
-Level = Literal["ok", "info", "warning", "error"]
 
+def doctor(model: Any = None, *, probe: bool = False) -> list[Finding]:
+    """Look at torch, torch_npu, the entry point and the environment; the good findings are listed too.
 
-@dataclass(frozen=True)
-class Finding:
-    """One fact. `code` is stable; `remedy` is empty where there is nothing to do."""
+    With a `model` its modules are looked at as well; with `probe` what may crash is tried in a child process.
+    """
+    found = [finding for check in (*CHECKS, *doctor_env.CHECKS) for finding in check()]
+    if model is not None:
+        found += doctor_env.model_kernels(model)
+    if probe:
+        from npu_fuse.doctor_probe import probes
 
-    code: str
-    level: Level
-    message: str
-    remedy: str = ""
-
-    def __str__(self) -> str:
-        return f"{self.level:7} {self.code}: {self.message}" + (f" → {self.remedy}" if self.remedy else "")
-
-
-def doctor() -> list[Finding]:
-    """Look at torch, torch_npu, the entry point and the environment; the good findings are listed too."""
-    return [finding for check in CHECKS for finding in check()]
+        found += probes()
+    return found
 
 
 def _torch() -> Iterator[Finding]:

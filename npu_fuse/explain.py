@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 # Nothing here imports torch before it is needed: `import npu_fuse` must work where torch cannot be loaded.
 from npu_fuse.errors import CaptureError
-from npu_fuse.options import Options, resolve_target
+from npu_fuse.options import Options
 from npu_fuse.report import GraphReport
 from npu_fuse.stops import Break, Failure, Stops, is_dynamo_error
 
@@ -72,10 +72,11 @@ def explain(
     """
     import torch
 
+    from npu_fuse.targets import target_of
     from npu_fuse.untouched import dynamo_untouched, mode_for, model_untouched
 
     made = replace(Options.make(options), strict=False)
-    resolve_target(made)
+    target = target_of(made, planning=True)
     called = _uncompiled(model)
     subject = str(getattr(called, "__qualname__", type(called).__name__))
     graphs: list[GraphReport] = []
@@ -85,7 +86,7 @@ def explain(
         from npu_fuse.backend import is_training, plan
 
         unchanged = _copy_graph(gm)  # a target that is not here can be planned for, and not run
-        found = plan(gm, example_inputs, made, is_training(example_inputs))
+        found = plan(gm, example_inputs, made, is_training(example_inputs), target)
         graphs.append(replace(found, graph_id=len(graphs)))
         return unchanged.forward
 

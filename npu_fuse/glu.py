@@ -14,6 +14,7 @@ from npu_fuse import dialect as d
 from npu_fuse import gates as g
 from npu_fuse.emit import Emitter
 from npu_fuse.halves import Halves, halves_of
+from npu_fuse.limits import on_npu
 from npu_fuse.report import Status
 from npu_fuse.rotation_forms import narrowing_tail
 from npu_fuse.sites import Emit, Form, Miss, Refusal, Site
@@ -108,11 +109,14 @@ def limits(site: Site, form: Form, target: Target) -> Refusal | None:
     value = d.tensor(site.output)
     if target.name == "npu" and value is not None:
         if value.dtype == torch.float64:
-            return Refusal(Status.REFUSED_BY_TARGET, "glu.dtype", f"the op of {site.op} takes no float64")
+            return Refusal(Status.REFUSED_BY_TARGET, "glu.dtype", f"npu_{site.op} takes no float64 (its document)")
         lowest = 2 if site.op == "clipped_swiglu" else 1
         if not lowest <= value.dim() <= MAX_RANK:
-            reason = f"the op of {site.op} takes rank {lowest} to {MAX_RANK}, x has {value.dim()}"
+            reason = f"npu_{site.op} takes rank {lowest} to {MAX_RANK}, x has {value.dim()} (its document)"
             return Refusal(Status.REFUSED_BY_TARGET, "glu.rank", reason)
+        refused = on_npu(site.op, target, (f"npu_{site.op}",), value.dtype)
+        if refused is not None:
+            return refused
     if form.name.startswith("apart") and target.concatenates:
         return Refusal(Status.REFUSED_BY_TARGET, "glu.apart", "the op takes gate and up in one tensor")
     if form.name.startswith("concatenated") and not target.concatenates:
@@ -122,9 +126,7 @@ def limits(site: Site, form: Form, target: Target) -> Refusal | None:
     return None
 
 
-def no_backward(site: Site, target: Target, why: str) -> Refusal | None:
-    """The target's op cannot be trained: refuse where a gradient would pass through it."""
-    value = d.tensor(site.output)
-    if target.name == "npu" and value is not None and value.requires_grad:
-        return Refusal(Status.REFUSED_BY_TARGET, "glu.backward", why)
-    return None
+def is_trained(gate: g.Gate) -> bool:
+    """Whether a gradient passes through the gate."""
+    output = d.tensor(gate.output)
+    return output is not None and output.requires_grad

@@ -15,6 +15,7 @@ from torch.fx import GraphModule
 
 from npu_fuse import ops
 from npu_fuse.errors import OptionError
+from npu_fuse.handoff_choice import Handoff, choose
 from npu_fuse.option_checks import check_mode
 from npu_fuse.options import Options
 from npu_fuse.targets import Target
@@ -27,37 +28,17 @@ packed-sequence masks in transformers (tests/conformance/test_handoff.py).
 """
 
 
-def handoff_name(options: Options, target: Target, training: bool) -> str:
-    """The hand-off by name: the user's, or the default of the target."""
-    if isinstance(options.handoff, str):
-        return options.handoff
-    if options.handoff is not None:
-        return str(getattr(options.handoff, "__name__", "callable"))
-    return default_handoff(target, training)
-
-
-def default_handoff(target: Target, training: bool) -> str:
-    """Inductor on CPUs and GPUs; on an NPU its graph mode where registered, in inference."""
-    if target.name != "npu":
-        return "inductor"
-    from torch._dynamo.backends.registry import list_backends
-
-    known = list_backends(exclude_tags=())
-    if not training and "npugraph_ex" in known:
-        return "npugraph_ex"
-    return "aot_eager"
-
-
 def hand_off(gm: GraphModule, example_inputs: Sequence[Any], options: Options, target: Target, training: bool) -> Any:
     """Compile the graph with the hand-off. Its exceptions are its own and go through."""
-    name = handoff_name(options, target, training)
+    chosen = choose(options, target, training)
+    name = chosen.name
     check_mode(name, options.mode)
     with _tagged(options.cache_tag()):
         if callable(options.handoff):
             return options.handoff(gm, list(example_inputs), **dict(options.handoff_options))
         if name == "inductor":
             return _inductor(gm, example_inputs, options)
-        return _registered(name)(gm, example_inputs, **_keywords(name, options))
+        return _registered(name)(gm, example_inputs, **_keywords(chosen, options))
 
 
 def _inductor(gm: GraphModule, example_inputs: Sequence[Any], options: Options) -> Any:
@@ -100,11 +81,11 @@ def _registered(name: str) -> Callable[..., Any]:
         ) from missing
 
 
-def _keywords(name: str, options: Options) -> dict[str, Any]:
+def _keywords(chosen: Handoff, options: Options) -> dict[str, Any]:
     keywords: dict[str, Any] = {}
-    chosen = {**SAFE_OPTIONS.get(name, {}), **options.handoff_options}
-    if chosen:
-        keywords["options"] = chosen
+    told = {**SAFE_OPTIONS.get(chosen.name, {}), **(options.handoff_options if chosen.given else {})}
+    if told:
+        keywords["options"] = told
     if options.mode is not None:
         keywords["mode"] = options.mode
     return keywords

@@ -7,6 +7,7 @@ import os
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, NoReturn
 
+from npu_fuse.chip_names import EXAMPLES, family
 from npu_fuse.errors import OptionError
 
 if TYPE_CHECKING:
@@ -106,6 +107,8 @@ def check_combinations(options: Options, defaults: Mapping[str, object]) -> None
     if options.soc is not None and options.target != "npu":
         why = f"a chip is planned for with target 'npu', and target is {options.target!r}"
         _refuse("soc", why, "add target='npu', or drop soc")
+    if options.soc is not None and family(options.soc) is None:
+        _refuse("soc", f"no chip is called {options.soc!r}", f"write one such as {', '.join(EXAMPLES)}")
     if options.handoff_options:
         if handoff is None:
             _refuse("handoff_options", "no hand-off is named to give them to", "name it in 'handoff'")

@@ -200,11 +200,16 @@ def resolve_target(options: Options) -> Literal["reference", "npu"]:
         _import_torch_npu()
         return "npu"
     if options.target == "auto" and "torch_npu" in sys.modules:
-        npu = getattr(sys.modules.get("torch"), "npu", None)
-        if npu is not None and npu.is_available():
+        if npu_is_loaded():
             return "npu"
         logger.info("torch_npu is loaded but sees no device: the target is reference")
     return "reference"
+
+
+def npu_is_loaded() -> bool:
+    """Whether torch_npu is loaded and sees a device."""
+    npu = getattr(sys.modules.get("torch"), "npu", None)
+    return sys.modules.get("torch_npu") is not None and npu is not None and bool(npu.is_available())
 
 
 def _import_torch_npu() -> None:

@@ -249,9 +249,18 @@ def _lifted_apply(copies: bool) -> Any:
         kwargs = {k: torch.float64 if _is_float_dtype(v) else v for k, v in kwargs.items()}
         args = tuple(torch.float64 if _is_float_dtype(a) else a for a in args)
         args, kwargs = _frozen_epsilon(node, args, kwargs)
-        return WITHOUT_FLOAT64.get(d.name(node), d.function_of(node))(*args, **kwargs)
+        return WITHOUT_FLOAT64.get(d.name(node), _on_cpu(node, args))(*args, **kwargs)
 
     return apply
+
+
+def _on_cpu(node: Node, args: tuple[Any, ...]) -> Any:
+    """What the node computes; a model on an accelerator counts integers, for which the CPU has no kernel."""
+    function = d.function_of(node)
+    counted = args[0] if args else None
+    if d.name(node) != "histc" or not isinstance(counted, torch.Tensor) or counted.is_floating_point():
+        return function
+    return lambda x, *rest, **named: function(x.double(), *rest, **named).to(x.dtype)
 
 
 def _is_float_dtype(value: Any) -> bool:
@@ -278,12 +287,12 @@ def _apply_own(node: Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any
     if d.name(node) == "cast" and recorded is not None:
         return args[0].to(recorded.dtype)
     if node.target is operator.setitem or recorded is None:
-        return d.function_of(node)(*args, **kwargs)
+        return _on_cpu(node, args)(*args, **kwargs)
     dtypes = {a.dtype for a in args if isinstance(a, torch.Tensor)}
     if d.name(node) in d.POINTWISE | d.REDUCTIONS and recorded.dtype.is_floating_point and "dtype" not in kwargs:
         if dtypes and all(t.is_floating_point and t.itemsize < recorded.dtype.itemsize for t in dtypes):
             args = tuple(a.to(recorded.dtype) if isinstance(a, torch.Tensor) else a for a in args)
-    result = d.function_of(node)(*args, **kwargs)
+    result = _on_cpu(node, args)(*args, **kwargs)
     if isinstance(result, torch.Tensor) and result.dtype != recorded.dtype and not d.mutates(node):
         result = result.to(recorded.dtype)
     return result

@@ -103,6 +103,9 @@ class GraphReport:
     dynamic: bool = False
     errors: tuple[str, ...] = ()
     """Faults inside npu_fuse; the graph was handed on as it was."""
+    handoff_reason: str = ""
+    soc: str | None = None
+    """The chip whose limits were applied; None for the target reference."""
 
     def count(self, status: Status, op: str | None = None) -> int:
         """Sites of that status; of `op` only, those contained in a bigger fusion included."""

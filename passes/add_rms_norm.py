@@ -19,6 +19,7 @@ from torch.fx import Node
 from npu_fuse import dialect as d
 from npu_fuse import ops
 from npu_fuse.emit import Emitter, item
+from npu_fuse.limits import on_npu
 from npu_fuse.passes import rms_norm
 from npu_fuse.report import Status
 from npu_fuse.sites import Form, Miss, Refusal, Rule, Site
@@ -114,10 +115,13 @@ def _composed(view: View, norm: Site) -> Site | None:
 
 
 def limits(site: Site, form: Form, target: Target) -> Refusal | None:
+    """npu_add_rms_norm: three tensors of one dtype, float16, bfloat16 or float32 (its document)."""
     value = d.tensor(site.output)
-    if target.name == "npu" and value is not None and value.dtype == torch.float64:
+    if target.name != "npu" or value is None:
+        return None
+    if value.dtype == torch.float64:
         return Refusal(Status.REFUSED_BY_TARGET, "add_rms_norm.dtype", "npu_add_rms_norm takes no float64")
-    return None
+    return on_npu(NAME, target, ("npu_add_rms_norm",), value.dtype)
 
 
 RULE = Rule(NAME, recognise, limits, training=False, order=90)

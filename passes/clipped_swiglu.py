@@ -13,12 +13,10 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from npu_fuse import dialect as d
 from npu_fuse import gates as g
 from npu_fuse import glu, ops
 from npu_fuse.emit import Emitter
-from npu_fuse.sites import Form, Miss, Refusal, Rule, Site
-from npu_fuse.targets import Target
+from npu_fuse.sites import Miss, Rule, Site
 from npu_fuse.view import View
 
 NAME = "clipped_swiglu"
@@ -69,7 +67,19 @@ def _backward_op(
 
 def _trained(x: torch.Tensor, alpha: float, limit: float, bias: float, interleaved: bool) -> torch.Tensor:
     """npu_clipped_swiglu with a backward: torch_npu's own op has none and loses gradients silently."""
+    if x.device.type == "npu":
+        call = torch.ops.npu.npu_clipped_swiglu.default
+        made: torch.Tensor = call(x.contiguous(), dim=-1, alpha=alpha, limit=limit, bias=bias, interleaved=interleaved)
+        return made
+    return _fake(x, alpha, limit, bias, interleaved)
+
+
+def _fake(x: torch.Tensor, alpha: float, limit: float, bias: float, interleaved: bool) -> torch.Tensor:
     return _forward(x, alpha=alpha, limit=limit, bias=bias, interleaved=interleaved)
+
+
+def _expand(x: torch.Tensor, alpha: float, limit: float, bias: float, interleaved: bool) -> Any:
+    return NotImplemented if x.device.type == "npu" else _fake(x, alpha, limit, bias, interleaved)
 
 
 def _setup(ctx: Any, inputs: Any, output: Any) -> None:
@@ -97,8 +107,9 @@ ops.define(
     _forward,
 )
 ops.define(
-    "clipped_swiglu(Tensor x, float alpha, float limit, float bias, bool interleaved) -> Tensor", _trained, keeps=(0,)
-)
+    "clipped_swiglu(Tensor x, float alpha, float limit, float bias, bool interleaved) -> Tensor", _trained, keeps=(0,),
+    fake=_fake, expand=_expand,
+)  # fmt: skip
 ops.define(
     "clipped_swiglu_backward(Tensor dy, Tensor x, float alpha, float limit, float bias, bool interleaved) -> Tensor",
     _backward_op,
@@ -131,7 +142,7 @@ def _calls(gate: g.Gate) -> tuple[glu.Merged, glu.Apart]:
 
     def merged(e: Emitter, env: Mapping[Node, Any], value: Any, interleaved: bool) -> Any:
         alpha, limit, bias = settings(env)
-        if _trained_site(gate):
+        if glu.is_trained(gate):
             return e.fused("clipped_swiglu", value, alpha, limit, bias, interleaved)
         return e.fused(
             "npu_clipped_swiglu", e.dense(value), dim=-1, alpha=alpha, limit=limit, bias=bias, interleaved=interleaved
@@ -143,21 +154,9 @@ def _calls(gate: g.Gate) -> tuple[glu.Merged, glu.Apart]:
     return merged, apart
 
 
-def _trained_site(gate: g.Gate) -> bool:
-    output = d.tensor(gate.output)
-    return output is not None and output.requires_grad
-
-
 def _key(gate: g.Gate) -> tuple[Any, ...]:
     settings = ("symbol" if isinstance(v, Node) else v for v in (gate.alpha, gate.limit, gate.bias))
-    return (*settings, _trained_site(gate))
+    return (*settings, glu.is_trained(gate))
 
 
-NO_BACKWARD = "npu_clipped_swiglu has no backward in torch_npu: gradients would be lost silently"
-
-
-def limits(site: Site, form: Form, target: Target) -> Refusal | None:
-    return glu.no_backward(site, target, NO_BACKWARD) or glu.limits(site, form, target)
-
-
-RULE = Rule(NAME, recognise, limits, order=30)
+RULE = Rule(NAME, recognise, glu.limits, order=30)

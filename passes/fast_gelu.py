@@ -16,6 +16,7 @@ from npu_fuse import algebra, ops
 from npu_fuse import dialect as d
 from npu_fuse import gates as g
 from npu_fuse.emit import Emitter
+from npu_fuse.limits import on_npu
 from npu_fuse.report import Status
 from npu_fuse.sites import Form, Miss, Refusal, Rule, Site
 from npu_fuse.targets import Target
@@ -78,7 +79,7 @@ def _form(x: Node) -> Form:
 
 
 def limits(site: Site, form: Form, target: Target) -> Refusal | None:
-    """npu_fast_gelu: float16, bfloat16, float32 of rank up to 8, from Ascend 910B on (aclnnFastGelu)."""
+    """npu_fast_gelu: float16, bfloat16 (from 910B on), float32 of rank up to 8 (its document and aclnnFastGelu)."""
     value = d.tensor(site.output)
     if target.name != "npu" or value is None:
         return None
@@ -86,7 +87,7 @@ def limits(site: Site, form: Form, target: Target) -> Refusal | None:
         return Refusal(Status.REFUSED_BY_TARGET, "fast_gelu.dtype", "npu_fast_gelu takes no float64")
     if value.dim() > MAX_RANK:
         return Refusal(Status.REFUSED_BY_TARGET, "fast_gelu.rank", f"npu_fast_gelu takes rank {MAX_RANK} at most")
-    return None
+    return on_npu(NAME, target, ("npu_fast_gelu",), value.dtype)
 
 
 RULE = Rule(NAME, recognise, limits, order=40)

@@ -16,8 +16,7 @@ from torch.fx import Node
 from npu_fuse import gates as g
 from npu_fuse import glu, ops
 from npu_fuse.emit import Emitter, item
-from npu_fuse.sites import Form, Miss, Refusal, Rule, Site
-from npu_fuse.targets import Target
+from npu_fuse.sites import Miss, Rule, Site
 from npu_fuse.view import View
 
 NAME = "geglu"
@@ -84,6 +83,41 @@ def _backward(ctx: Any, dy: torch.Tensor, _: Any) -> Any:
     return ops.backward_op("npu_geglu_grad")(dy, *ctx.saved_tensors, *ctx.rest), None, None, None
 
 
+def _trained(x: torch.Tensor, approximate: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """npu_geglu with a backward that can be traced: the meta kernel of torch_npu's npu_geglu_grad raises."""
+    if x.device.type == "npu":
+        made: tuple[torch.Tensor, torch.Tensor] = torch.ops.npu.npu_geglu.default(x, -1, approximate, True)
+        return made
+    return _forward(x, -1, approximate, True)
+
+
+def _trained_backward(dy: torch.Tensor, x: torch.Tensor, gelu: torch.Tensor, approximate: int) -> torch.Tensor:
+    if x.device.type == "npu":
+        dx: torch.Tensor = torch.ops.npu.npu_geglu_grad.default(dy, x, gelu, -1, approximate, True)
+        return dx
+    return _backward_op(dy, x, gelu, -1, approximate, True)
+
+
+def _fake(x: torch.Tensor, approximate: int) -> tuple[torch.Tensor, torch.Tensor]:
+    return _forward(x, -1, approximate, True)
+
+
+def _fake_backward(dy: torch.Tensor, x: torch.Tensor, gelu: torch.Tensor, approximate: int) -> torch.Tensor:
+    return _backward_op(dy, x, gelu, -1, approximate, True)
+
+
+def _expand(x: torch.Tensor, approximate: int) -> Any:
+    return NotImplemented if x.device.type == "npu" else _fake(x, approximate)
+
+
+def _expand_backward(dy: torch.Tensor, x: torch.Tensor, gelu: torch.Tensor, approximate: int) -> Any:
+    return NotImplemented if x.device.type == "npu" else _fake_backward(dy, x, gelu, approximate)
+
+
+def _backward_trained(ctx: Any, dy: torch.Tensor, _: Any) -> Any:
+    return ops.backward_op("geglu_backward")(dy.contiguous(), *ctx.saved_tensors, *ctx.rest), None
+
+
 def _setup_apart(ctx: Any, inputs: Any, output: Any) -> None:
     ctx.save_for_backward(*inputs[:2])
     ctx.approximate = inputs[2]
@@ -104,6 +138,12 @@ ops.define(
     _backward_op,
 )
 ops.differentiable("npu_geglu", _backward, _setup)
+ops.define("geglu(Tensor x, int approximate) -> (Tensor, Tensor)", _trained, keeps=(0,), fake=_fake, expand=_expand)
+ops.define(
+    "geglu_backward(Tensor dy, Tensor x, Tensor gelu, int approximate) -> Tensor", _trained_backward,
+    fake=_fake_backward, expand=_expand_backward,
+)  # fmt: skip
+ops.differentiable("geglu", _backward_trained, _setup)
 ops.define("geglu_apart(Tensor gate, Tensor up, int approximate=1) -> Tensor", _apart, keeps=(0, 1))
 ops.define(
     "geglu_apart_backward(Tensor dy, Tensor gate, Tensor up, int approximate=1) -> (Tensor, Tensor)", _apart_backward_op
@@ -120,12 +160,16 @@ def recognise(view: View) -> list[Site | Miss]:
             found.append(Miss(NAME, gate.output, "geglu.clamp", "the gate is clamped or scaled, the op does neither"))
             continue
         approximate = 1 if gate.kind == g.GELU_TANH else 0
-        found.append(glu.site_of(view, NAME, gate, *_calls(approximate), interleaved_ok=False, key=(approximate,)))
+        trained = glu.is_trained(gate)
+        calls = _calls(approximate, trained)
+        found.append(glu.site_of(view, NAME, gate, *calls, interleaved_ok=False, key=(approximate, trained)))
     return found
 
 
-def _calls(approximate: int) -> tuple[glu.Merged, glu.Apart]:
+def _calls(approximate: int, trained: bool) -> tuple[glu.Merged, glu.Apart]:
     def merged(e: Emitter, env: Mapping[Node, Any], value: Any, interleaved: bool) -> Any:
+        if trained and e.target.name == "npu":
+            return item(e, e.fused("geglu", value, approximate), 0)
         return item(e, e.fused("npu_geglu", value, -1, approximate, True), 0)
 
     def apart(e: Emitter, env: Mapping[Node, Any], left: Any, right: Any) -> Any:
@@ -134,11 +178,4 @@ def _calls(approximate: int) -> tuple[glu.Merged, glu.Apart]:
     return merged, apart
 
 
-NO_BACKWARD = "npu_geglu_grad has a broken meta kernel in torch_npu 2.13: it cannot be traced for training"
-
-
-def limits(site: Site, form: Form, target: Target) -> Refusal | None:
-    return glu.no_backward(site, target, NO_BACKWARD) or glu.limits(site, form, target)
-
-
-RULE = Rule(NAME, recognise, limits, order=30)
+RULE = Rule(NAME, recognise, glu.limits, order=30)

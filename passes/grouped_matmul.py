@@ -18,6 +18,7 @@ from torch.fx import Node
 from npu_fuse import dialect as d
 from npu_fuse import experts, ops
 from npu_fuse.emit import Emitter, item
+from npu_fuse.limits import is_old, on_npu
 from npu_fuse.report import Status
 from npu_fuse.sites import Form, Miss, Refusal, Rule, Site
 from npu_fuse.targets import Target
@@ -263,7 +264,8 @@ def call(e: Emitter, rows: Any, weight: Any, ends: Any, trained: bool, zero_rest
 
 
 def limits(site: Site, form: Form, target: Target) -> Refusal | None:
-    """npu_grouped_matmul with one weight tensor: dtypes, 1024 experts, inner sizes (aclnnGroupedMatmul)."""
+    """npu_grouped_matmul with one weight tensor: dtypes, 1024 experts, inner sizes; on 310P inference only and a last
+    size divisible by 16 (documents of npu_grouped_matmul and aclnnGroupedMatmulV5)."""
     value = d.tensor(site.inputs[0])
     if target.name == "npu" and site.facts.get("listed", 0) > MAX_LIST:
         listed = site.facts["listed"]
@@ -271,22 +273,28 @@ def limits(site: Site, form: Form, target: Target) -> Refusal | None:
     weight = next((t for n in site.inputs if (t := d.tensor(n)) is not None and t.dim() == 3), None)
     if target.name != "npu" or value is None:
         return None
-    old = target.soc is not None and target.soc.startswith("Ascend310P")
-    allowed = (torch.float16,) if old else (torch.float16, torch.bfloat16, torch.float32)
-    if value.dtype not in allowed:
-        return _refused("dtype", f"npu_grouped_matmul takes no {value.dtype}{' on 310P' if old else ''}")
+    if value.dtype == torch.float64:
+        return _refused("dtype", "npu_grouped_matmul takes no float64")
+    refused = on_npu(NAME, target, ("npu_grouped_matmul",), value.dtype)
+    if refused is not None:
+        return refused
     sizes = [static(s) for s in weight.shape] if weight is not None else [None, None, None]
     if sizes[0] is not None and sizes[0] > MAX_EXPERTS:
         return _refused("experts", f"npu_grouped_matmul takes {MAX_EXPERTS} experts at most, here are {sizes[0]}")
     if any(s is not None and s > MAX_INNER for s in sizes[1:]):
         return _refused("inner", f"npu_grouped_matmul takes inner sizes up to {MAX_INNER}")
-    if old and (sizes[2] is None or sizes[2] % 16):
-        return _refused("width", "npu_grouped_matmul on 310P takes a last size divisible by 16")
+    if not is_old(target):
+        return None
+    result = d.tensor(site.output)
+    if result is not None and result.requires_grad:
+        return _refused("training", f"npu_grouped_matmul splits rows only on {target.soc}, the backward splits K")
+    if sizes[2] is None or sizes[2] % 16:
+        return _refused("width", f"npu_grouped_matmul takes a last size divisible by 16 on {target.soc}")
     return None
 
 
 def _refused(code: str, reason: str) -> Refusal:
-    return Refusal(Status.REFUSED_BY_TARGET, f"grouped_matmul.{code}", reason)
+    return Refusal(Status.REFUSED_BY_TARGET, f"grouped_matmul.{code}", f"{reason} (document of npu_grouped_matmul)")
 
 
 RULE = Rule(NAME, recognise, limits, order=15)

@@ -20,11 +20,15 @@ from npu_fuse.expert_branches import branch_blocks
 from npu_fuse.expert_dense import dense_blocks
 from npu_fuse.expert_rows import Chain, Product, chains
 from npu_fuse.expert_sites import Matmul, block_site, site_of
+from npu_fuse.limits import on_npu
 from npu_fuse.passes import grouped_linear, grouped_matmul
-from npu_fuse.sites import Miss, Rule, Site
+from npu_fuse.report import Status
+from npu_fuse.sites import Form, Miss, Refusal, Rule, Site
+from npu_fuse.targets import Target
 from npu_fuse.view import View
 
 NAME = "moe_routing"
+MAX_K = 512
 
 
 def recognise(view: View) -> list[Site | Miss]:
@@ -64,4 +68,17 @@ def _matmul(chain: Chain) -> Matmul:
     return matmul
 
 
-RULE = Rule(NAME, recognise, grouped_matmul.limits, first=True)
+def limits(site: Site, form: Form, target: Target) -> Refusal | None:
+    """Those of grouped matmuls; npu_moe_token_permute and unpermute: chips, k (their aclnn documents)."""
+    tokens = d.tensor(site.inputs[0])
+    if target.name != "npu" or tokens is None:
+        return None
+    refused = on_npu(NAME, target, ("npu_moe_token_permute", "npu_moe_token_unpermute"), tokens.dtype)
+    k = site.params.get("k", "1")
+    if refused is None and k.isdigit() and int(k) > MAX_K:
+        reason = f"npu_moe_token_unpermute takes at most {MAX_K} experts of a token, here are {k}"
+        refused = Refusal(Status.REFUSED_BY_TARGET, "moe_routing.k", reason)
+    return refused or grouped_matmul.limits(site, form, target)
+
+
+RULE = Rule(NAME, recognise, limits, first=True)

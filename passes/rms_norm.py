@@ -18,6 +18,7 @@ from npu_fuse import algebra, ops
 from npu_fuse import dialect as d
 from npu_fuse.emit import Emitter, item
 from npu_fuse.epsilon import default_epsilon
+from npu_fuse.limits import is_old, on_npu
 from npu_fuse.report import Status
 from npu_fuse.sites import Form, Miss, Refusal, Rule, Site
 from npu_fuse.targets import Target
@@ -27,6 +28,7 @@ NAME = "rms_norm"
 COPIES = frozenset(("cast", "clone", "contiguous"))
 """The same values again, up to a rounding mark."""
 MAX_RANK = 8
+OLD_BYTES = 32
 
 
 # --- the op: reference kernel, backward ------------------------------------------------------------
@@ -356,42 +358,62 @@ def _forms(
     return made
 
 
+def _gamma_dtype(gamma: torch.Tensor | None, coefficient: float, width: torch.dtype) -> torch.dtype:
+    """The dtype in which gamma, with the constant factor in it, is given to the op beside x in `width`."""
+    wide = torch.promote_types(width, torch.float32)
+    if gamma is None:
+        # A factor that x's dtype rounds would round every result: keep it in float32.
+        return width if float(torch.tensor(coefficient, dtype=width)) == coefficient else wide
+    if coefficient != 1.0:
+        return wide
+    if gamma.dtype not in (width, torch.float32):
+        return torch.promote_types(width, gamma.dtype)
+    return width if width == torch.float64 else gamma.dtype
+
+
 def _gamma(
     e: Emitter, env: Mapping[Node, Any], gamma: Node | None, coefficient: float, shape: tuple[int, ...], like: Any,
     width: torch.dtype,
 ) -> Any:  # fmt: skip
     """Gamma in a dtype that the op takes beside x, with the constant factor in it."""
-    if gamma is None:
-        # A factor that x's dtype rounds would round every result: keep it in float32.
-        exact = float(torch.tensor(coefficient, dtype=width)) == coefficient
-        return e.filled(shape, coefficient, like, width if exact else torch.promote_types(width, torch.float32))
     found = d.tensor(gamma)
+    dtype = _gamma_dtype(found, coefficient, width)
+    if gamma is None:
+        return e.filled(shape, coefficient, like, dtype)
     value = env[gamma]
     if found is not None and found.dim() != len(shape):
         value = e.call(torch.reshape, value, shape)
-    if coefficient != 1.0:
-        return e.call(torch.mul, e.cast(value, torch.promote_types(width, torch.float32)), coefficient)
-    if found is not None and found.dtype not in (width, torch.float32):
-        value = e.cast(value, torch.promote_types(width, found.dtype))
-    elif width == torch.float64:
-        value = e.cast(value, width)
-    return value
+    value = e.cast(value, dtype) if found is None or found.dtype != dtype else value
+    return e.call(torch.mul, value, coefficient) if coefficient != 1.0 else value
 
 
 def limits(site: Site, form: Form, target: Target) -> Refusal | None:
-    """npu_rms_norm: float16, bfloat16, float32; rank 1 to 8, from 2 on in training (document of npu_rms_norm)."""
+    """npu_rms_norm: float16, bfloat16, float32; rank 1 to 8, from 2 on in training; on 310P and 910A gamma in x's
+    dtype and last dimensions of 32 bytes or more (documents of npu_rms_norm and aclnnRmsNorm)."""
     if target.name != "npu":
         return None
     x, result = d.tensor(site.facts["x"]), d.tensor(site.output)
     if x is None or result is None:
         return None
     if x.dtype == torch.float64:
-        return Refusal(Status.REFUSED_BY_TARGET, "rms_norm.dtype", "npu_rms_norm takes no float64")
+        return _refused("dtype", "npu_rms_norm takes no float64")
     if x.dim() > MAX_RANK or (x.dim() < 2 and result.requires_grad):
-        return Refusal(Status.REFUSED_BY_TARGET, "rms_norm.rank", f"npu_rms_norm takes rank 2 to 8, x has {x.dim()}")
-    if target.soc is not None and "310P" in target.soc and x.dtype == torch.bfloat16:
-        return Refusal(Status.REFUSED_BY_TARGET, "rms_norm.soc", f"npu_rms_norm takes no bfloat16 on {target.soc}")
+        return _refused("rank", f"npu_rms_norm takes rank 2 to 8, x has {x.dim()}")
+    refused = on_npu(NAME, target, ("npu_rms_norm",), x.dtype, form.key[0])
+    if refused is not None or not is_old(target):
+        return refused
+    width: torch.dtype = form.key[0]
+    gamma = _gamma_dtype(d.tensor(site.facts["gamma"]), form.key[1], width)
+    if gamma != width:
+        reason = f"npu_rms_norm takes gamma in x's dtype only on {target.soc}"
+        return _refused("gamma", f"{reason}, here {str(width)[6:]} and {str(gamma)[6:]}")
+    if static(x.shape[-1]) is None or x.shape[-1] * width.itemsize < OLD_BYTES:
+        return _refused("tail", f"npu_rms_norm takes last dimensions from {OLD_BYTES} bytes on {target.soc}")
     return None
+
+
+def _refused(code: str, reason: str) -> Refusal:
+    return Refusal(Status.REFUSED_BY_TARGET, f"rms_norm.{code}", f"{reason} (document of npu_rms_norm)")
 
 
 RULE = Rule(NAME, recognise, limits, order=10)

@@ -11,7 +11,6 @@ The rule reads the map y[d] = a(d)·x[i(d)] + b(d)·x[j(d)] off the traced eleme
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -19,14 +18,11 @@ import torch
 from torch.fx import Node
 
 from npu_fuse import dialect as d
-from npu_fuse import ops, regions, rotation_forms
+from npu_fuse import ops, regions, rotation_forms, rotation_npu
 from npu_fuse import rotation as r
 from npu_fuse.emit import Emitter
-from npu_fuse.report import Status
-from npu_fuse.rotation_tables import Table
-from npu_fuse.sites import Form, Miss, Refusal, Rule, Site
-from npu_fuse.targets import Target
-from npu_fuse.view import View, is_one
+from npu_fuse.sites import Form, Miss, Rule, Site
+from npu_fuse.view import View
 
 NAME = "rotary_mul"
 
@@ -173,128 +169,11 @@ def _forms(x: Node, turn: r.Turn, dtype: torch.dtype, result: torch.dtype) -> li
             cos = rotation_forms.emit_table(e, env[turn.cos.node], turn.cos, width)
             sin = rotation_forms.emit_table(e, env[turn.sin.node], turn.sin, width)
             if e.target.name == "npu":
-                return e.cast(_on_npu(e, value, cos, sin, turn, x), result)
+                return e.cast(rotation_npu.emit(e, value, cos, sin, turn, x, width), result)
             return e.cast(e.fused("npu_rotary_mul", value, cos, sin, turn.mode), result)
 
         made.append(Form(name, emit, (width, turn.mode, turn.deinterleave, turn.cos.key, turn.sin.key)))
     return made
 
 
-# --- npu_rotary_mul on an NPU: four dimensions, and the layouts that its tilings take ----------------
-
-MAX_WIDTH = 896
-MAX_BATCH = 1000
-BLOCK = 32  # bytes
-SHORT_WIDTH = 80
-CORES = 50  # vector cores of the largest chip: fewer make the limit wider
-HALF_TABLES = ({2}, {0, 2}, {0, 1, 2}, {1}, {0, 1}, {0})
-"""Which of x's first three dimensions cos may have (the others 1): 11SD, B1SD, BNSD, 1S1D, BS1D, S11D."""
-INTERLEAVE_TABLES = ({2}, {1}, {0})
-
-
-def _on_npu(e: Emitter, value: Any, cos: Any, sin: Any, turn: r.Turn, x: Node) -> Any:
-    """x as it lies in memory: a [B, N, S, D] view of [B, S, N, D] goes in as the latter, without a copy."""
-    source = d.tensor(x)
-    assert source is not None
-    missing = 4 - source.dim()
-    for _ in range(missing):
-        value = e.call(torch.unsqueeze, value, 0)
-    cos, sin = (_four(e, t, table) for t, table in ((cos, turn.cos), (sin, turn.sin)))
-    swapped = _is_swapped(source)
-    if swapped:
-        value, cos, sin = (e.call(torch.transpose, t, 1, 2) for t in (value, cos, sin))
-    y = e.fused("npu_rotary_mul", value, cos, sin, turn.mode)
-    if swapped:
-        y = e.call(torch.transpose, y, 1, 2)
-    for _ in range(missing):
-        y = e.call(torch.squeeze, y, 0)
-    return y
-
-
-def _four(e: Emitter, table: Any, made_of: Table) -> Any:
-    for _ in range(4 - _rank(made_of)):
-        table = e.call(torch.unsqueeze, table, 0)
-    return table
-
-
-def _rank(table: Table) -> int:
-    value = d.tensor(table.node)
-    assert value is not None
-    return value.dim() - max(table.flatten - 1, 0)
-
-
-def _is_swapped(x: torch.Tensor) -> bool:
-    return x.dim() == 4 and not x.is_contiguous() and x.transpose(1, 2).is_contiguous()
-
-
-def limits(site: Site, form: Form, target: Target) -> Refusal | None:
-    """Shapes, layouts and dtypes of aclnn's rotary kernels; see the document of npu_rotary_mul."""
-    if target.name != "npu":
-        return None
-    turn, x = site.facts["turn"], d.tensor(site.facts["x"])
-    cos = d.tensor(turn.cos.node)
-    assert x is not None and cos is not None
-    reason = _shape_limit(turn, x, cos) or _tiling_limit(turn, x, cos, site, form)
-    if reason is None and (cos.requires_grad or d.tensor(turn.sin.node).requires_grad):  # type: ignore[union-attr]
-        reason = "cos or sin needs a gradient, which the op's backward leaves unwritten in a compiled graph"
-    return None if reason is None else Refusal(Status.REFUSED_BY_TARGET, "rotary_mul.npu", reason)
-
-
-def _shape_limit(turn: r.Turn, x: torch.Tensor, cos: torch.Tensor) -> str | None:
-    if x.dtype == torch.float64:
-        return "npu_rotary_mul takes no float64"
-    if x.dim() > 4:
-        return f"npu_rotary_mul takes rank 4, x has {x.dim()}"
-    if turn.width is None:
-        return "the width is symbolic, and the kernel's limits depend on it"
-    if turn.width > MAX_WIDTH:
-        return f"npu_rotary_mul takes a width of at most {MAX_WIDTH}, x has {turn.width}"
-    kept = _kept_dims(turn, x, cos)
-    shape = [1] * (4 - x.dim()) + list(x.shape)
-    allowed = HALF_TABLES if turn.mode == "half" else INTERLEAVE_TABLES
-    if not any(kept <= table and all(is_one(shape[i]) for i in table - kept) for table in allowed):
-        return f"cos varies over dims {sorted(kept)} of x, which mode {turn.mode!r} does not take"
-    if any(isinstance(s, int) and s >= MAX_BATCH for s in _batch_and_heads(x, kept)):
-        return f"batch and heads must be below {MAX_BATCH}"
-    rows = _batch_and_heads(x, kept)
-    if turn.mode != "half" and (not all(isinstance(s, int) for s in rows) or math.prod(rows) >= MAX_BATCH):
-        return f"batch · heads must be known and below {MAX_BATCH} in mode {turn.mode!r}"
-    return None
-
-
-def _kept_dims(turn: r.Turn, x: torch.Tensor, cos: torch.Tensor) -> set[int]:
-    """The dimensions of four-dimensional x that cos has too."""
-    shape = list(cos.shape)[: -max(turn.cos.flatten, 1)]
-    shift = 3 - len(shape)
-    return {i + shift for i, size in enumerate(shape) if not is_one(size)}
-
-
-def _batch_and_heads(x: torch.Tensor, kept: set[int]) -> list[Any]:
-    leading = [1] * (4 - x.dim()) + list(x.shape[:-1])
-    sequence = 2 if 2 in kept else 1 if 1 in kept else 0
-    return [s for i, s in enumerate(leading) if i != sequence]
-
-
-def _tiling_limit(turn: r.Turn, x: torch.Tensor, cos: torch.Tensor, site: Site, form: Form) -> str | None:
-    """Three refusals of the kernels' tilings; a size that is symbolic counts as refused."""
-    kept = _kept_dims(turn, x, cos)
-    if turn.mode != "half" or _is_swapped(x) or x.dim() != 4 or 2 not in kept or turn.width is None:
-        return None
-    batch, heads, length = x.shape[:3]
-    if kept == {2} and not (is_one(batch) or is_one(heads) or is_one(length)):
-        known = all(isinstance(s, int) for s in (batch, heads, length))
-        width: torch.dtype = form.key[0]
-        if turn.width // 2 * width.itemsize % BLOCK:
-            if turn.width < SHORT_WIDTH and (not known or 2 * batch * heads > -(-length // CORES)):
-                return f"a width below {SHORT_WIDTH} whose halves fill no whole {BLOCK}-byte blocks has no tiling here"
-        elif not known or batch * heads > 8 * length:
-            return "batch · heads may exceed 8 · sequence, which the kernel refuses for cos of [1, 1, S, D]"
-    result = d.tensor(site.output)
-    if kept == {0, 2} and result is not None and result.requires_grad:
-        known = all(isinstance(s, int) for s in (batch, length))
-        if not known or batch >= length > 1:
-            return "batch may reach the sequence length, which the backward kernel refuses for cos of [B, 1, S, D]"
-    return None
-
-
-RULE = Rule(NAME, recognise, limits, order=20)
+RULE = Rule(NAME, recognise, rotation_npu.limits, order=20)

@@ -76,8 +76,29 @@ def _grouped(kind: int, ends: tuple[int, ...], transposed: bool = False) -> Call
     return make
 
 
+def _permute(k: int) -> Callable[[torch.dtype], Arguments]:
+    def make(dtype: torch.dtype) -> Arguments:
+        shape = (7, k) if k > 1 else (7,)
+        return [_normal(7, 16).to(dtype), torch.randint(0, 4, shape)], {}
+
+    return make
+
+
+def _unpermute(k: int, probs: torch.dtype | None = None) -> Callable[[torch.dtype], Arguments]:
+    def make(dtype: torch.dtype) -> Arguments:
+        rows = torch.randperm(7 * k).int()
+        given = [] if k == 1 else [torch.rand(7, k, dtype=torch.float64).to(probs or dtype)]
+        return [_normal(7 * k, 16).to(dtype), rows, *given], {}
+
+    return make
+
+
 MIXED = (torch.float16, torch.bfloat16)
 ROTARY = "npu_rotary_mul_backward"
+UNPERMUTE = next(
+    (name for name in ("npu_moe_token_unpermute_grad_v2",) if hasattr(torch.ops.npu, name)),
+    "npu_moe_token_unpermute_grad",
+)
 CASES = (
     Case("npu_rms_norm", _rms((2, 5, 64), 1), "", "npu_rms_norm_backward", (0, 1), keeps_strides=True),
     Case("npu_rms_norm", _rms((7, 48), 1, torch.float32), "f32_gamma", "npu_rms_norm_backward", (0, 1), MIXED),
@@ -98,4 +119,9 @@ CASES = (
     Case("npu_grouped_matmul", _grouped(0, (3, 3, 11, 24)), "rows"),
     Case("npu_grouped_matmul", _grouped(0, (3, 3, 11, 24), transposed=True), "view"),
     Case("npu_grouped_matmul", _grouped(2, (3, 3, 11, 24)), "weights"),
+    Case("npu_moe_token_permute", _permute(2), "", "npu_moe_token_permute_grad_v2", (0,)),
+    Case("npu_moe_token_permute", _permute(1), "one", "npu_moe_token_permute_grad_v2", (0,)),
+    Case("npu_moe_token_unpermute", _unpermute(3), "", UNPERMUTE, (0, 2)),
+    Case("npu_moe_token_unpermute", _unpermute(2, torch.float32), "f32_probs", UNPERMUTE, (0, 2), MIXED),
+    Case("npu_moe_token_unpermute", _unpermute(1), "one", UNPERMUTE, (0,)),
 )

@@ -54,12 +54,13 @@ def build(release: str) -> Path:
     check_machine(release)
     if not (site / "torch_npu").is_dir():
         install(release, site)
-    sources = [HERE / name for name in ("driver.cpp", "driver.h", "kernels.cpp", "build.py")]
+    sources = [HERE / name for name in ("driver.cpp", "driver.h", "kernels.cpp", "cuda_torch.cpp", "build.py")]
     stamp = hashlib.sha256(b"".join(s.read_bytes() for s in sources) + torch_version().encode()).hexdigest()
     if (home / "stamp").exists() and (home / "stamp").read_text() == stamp:
         return home
     build_driver(site / "torch_npu", home)
     build_kernels(home)
+    build_for_cuda_torch(home)
     (home / "stamp").write_text(stamp)
     return home
 
@@ -185,6 +186,15 @@ def build_kernels(home: Path) -> None:
     run(CXX, "-std=c++20", "-O1", "-fPIC", "-shared", "-w", f"-I{include}", f"-I{include}/torch/csrc/api/include",
         f"-I{HERE}", HERE / "kernels.cpp", "-o", home / "kernels.so", f"-L{torch}/lib", "-ltorch_cpu", "-lc10",
         "-ltorch", f"-L{home}/lib", "-lascendcl")  # fmt: skip
+
+
+def build_for_cuda_torch(home: Path) -> None:
+    """What undoes a clash of names between torch's CUDA build and torch_npu, where torch keeps a table of them."""
+    torch = torch_home()
+    shared = any("getMutableKeys" in name for name in symbols(torch / "lib" / "libc10.so", "--defined-only"))
+    if shared and (torch / "lib" / "libc10_cuda.so").exists():
+        run(CXX, "-std=c++20", "-O1", "-fPIC", "-shared", "-w", f"-I{torch}/include", HERE / "cuda_torch.cpp",
+            "-o", home / "cuda_torch.so", f"-L{torch}/lib", "-lc10")  # fmt: skip
 
 
 def run(*command: str | Path) -> None:

@@ -133,7 +133,7 @@ void count(const OperatorHandle& op, int64_t read, int64_t written) {
 
 // --- the kernel ----------------------------------------------------------------------------------------------
 
-std::unordered_map<std::string, OperatorHandle> stand_ins;  // npu::x, and aten::x without a CPU kernel -> npu_host::x
+std::unordered_map<std::string, OperatorHandle> stand_ins;  // npu::x or aten::x -> npu_host::x
 
 const std::set<std::string> kMixesDevices = {
     "aten::copy_", "aten::_copy_from", "aten::_to_copy", "aten::index", "aten::index_put_", "aten::index_put",
@@ -418,12 +418,9 @@ void install() {
     const bool cpu = op->hasKernelForDispatchKey(c10::DispatchKey::CPU);
     if (!here && !cpu) continue;
     if (is_view(op->schema()) && here) continue;
-    bool runs = op->hasComputedKernelForDispatchKey(c10::DispatchKey::CPU);
-    if (!runs) {
-      const auto stand_in = dispatcher.findSchema({"npu_host::" + name.name.substr(6), name.overload_name});
-      if (stand_in.has_value()) stand_ins.emplace(text, *stand_in);
-      runs = stand_in.has_value();
-    }
+    const auto stand_in = dispatcher.findSchema({"npu_host::" + name.name.substr(6), name.overload_name});
+    if (stand_in.has_value()) stand_ins.emplace(text, *stand_in);
+    const bool runs = stand_in.has_value() || op->hasComputedKernelForDispatchKey(c10::DispatchKey::CPU);
     if (!runs) refused.push_back(text);
     library.impl(bare.c_str(), runs ? torch::CppFunction::makeFromBoxedFunction<&run>()
                                     : torch::CppFunction::makeFromBoxedFunction<&refuse>());

@@ -5,6 +5,7 @@ scripts/npu-host puts this folder on PYTHONPATH; nothing here is installed with 
 
 from __future__ import annotations
 
+import ctypes
 import importlib.abc
 import importlib.machinery
 import os
@@ -23,6 +24,9 @@ class _After(importlib.abc.Loader):
         return self.loader.create_module(spec)
 
     def exec_module(self, module: ModuleType) -> None:
+        before = os.path.join(os.environ["NPU_HOST"], "cuda_torch.so")
+        if os.path.exists(before):
+            ctypes.CDLL(before)
         self.loader.exec_module(module)
         import npu_host_ops
 

@@ -27,7 +27,7 @@ def kernel(function: Callable[..., Any], namespace: str = "npu") -> Callable[...
 
 
 def aten_kernel(function: Callable[..., Any]) -> Callable[..., Any]:
-    """The same for an `aten::` operator that has no CPU kernel."""
+    """The same for an `aten::` operator that has no CPU kernel, or one for fewer dtypes than the NPU's."""
     return kernel(function, "aten")
 
 
