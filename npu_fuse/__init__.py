@@ -15,6 +15,7 @@ with contextlib.suppress(ImportError, OSError):
 
     from npu_fuse.backend import backend
     from npu_fuse.explain import ExplainReport, explain
+    from npu_fuse.integrations.vllm import vllm_pass
 
 __all__ = [
     "ExplainReport",
@@ -31,4 +32,5 @@ __all__ = [
     "errors",
     "explain",
     "reports",
+    "vllm_pass",
 ]
