@@ -75,5 +75,5 @@ class AtenEmitter(GraphEmitter):
 
 def _nodes_in(values: Any) -> list[Node]:
     found: dict[Node, None] = {}
-    torch.fx.node.map_arg(values, lambda node: found.setdefault(node))
+    torch.fx.node.map_arg(values, found.setdefault)
     return list(found)
