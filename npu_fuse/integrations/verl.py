@@ -92,6 +92,25 @@ def _longest_list(model: Any) -> list[tuple[str, Any]]:
     return best
 
 
+def mark_rows(values: Any) -> None:
+    """Let Dynamo take batch and token dimensions as symbolic from the first call on: all but the last one of what
+    has features, all of a mask. A dimension that the model fixes stays fixed, without an error."""
+    import torch
+
+    if isinstance(values, torch.Tensor):
+        square = values.dim() == 4 and values.shape[-1] >= values.shape[-2]  # a mask, of keys by queries
+        features = values.is_floating_point() and not square
+        for dim in range(values.dim() - 1 if features else values.dim()):
+            if values.shape[dim] > 1:
+                torch._dynamo.maybe_mark_dynamic(values, dim)
+    elif isinstance(values, (tuple, list)):
+        for value in values:
+            mark_rows(value)
+    elif isinstance(values, dict):
+        for value in values.values():
+            mark_rows(value)
+
+
 class BlockCompiler:
     """The backend of one model's blocks: npu_fuse, and the reports of the graphs that it compiled."""
 
@@ -114,13 +133,21 @@ class BlockCompiler:
     def compile(self, module: Any) -> None:
         """Replace `module.forward` by its compiled form: no wrapper module, so every parameter keeps its name.
 
-        By Dynamo itself and not by `torch.compile`, which MindSpeed replaces by a dummy.
+        By Dynamo itself and not by `torch.compile`, which MindSpeed replaces by a dummy. Not with `dynamic=True`:
+        Dynamo would make the integers of an FSDP module symbolic too, such as the width of a head.
         """
         import torch
 
         forward = module.forward
         self.code.add(getattr(forward, "__func__", forward).__code__)
-        module.forward = torch._dynamo.optimize(backend=self, dynamic=True)(forward)
+        compiled = torch._dynamo.optimize(backend=self)(forward)
+
+        @functools.wraps(forward)
+        def with_dynamic_rows(*args: Any, **kwargs: Any) -> Any:
+            mark_rows((args, kwargs))
+            return compiled(*args, **kwargs)
+
+        module.forward = with_dynamic_rows
 
     def tell(self) -> None:
         """After a batch: what is new, whether anything was compiled at all, and whether Dynamo is about to give up."""
