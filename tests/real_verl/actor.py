@@ -31,9 +31,9 @@ def batch(step, rank, vocabulary):
 
 
 def make_engine(given):
+    from verl.trainer.config import CheckpointConfig
     from verl.workers.config import FSDPEngineConfig, FSDPOptimizerConfig, HFModelConfig
     from verl.workers.engine import EngineRegistry
-    from verl.trainer.config import CheckpointConfig
 
     model = HFModelConfig(
         path=given.model, load_tokenizer=False, use_remove_padding=True, external_lib="npu_fuse.integrations.verl",
@@ -72,6 +72,8 @@ def main():
     import verl.utils.tensordict_utils as tu
     from verl.workers.utils.losses import sft_loss
 
+    from npu_fuse.report import Status
+
     torch.distributed.init_process_group("gloo")
     rank = torch.distributed.get_rank()
     torch.manual_seed(0)
@@ -107,7 +109,7 @@ def main():
             {
                 "losses": losses, "norms": norms, "names": names, "breaks": dict(entries),
                 "state": list(engine.module.state_dict()), "summary": compiler.summary() if compiler else "",
-                "fused": sum(g.count("fused") for g in compiler.graphs) if compiler else 0,
+                "fused": sum(g.count(Status.FUSED) for g in compiler.graphs) if compiler else 0,
                 "graphs": len(compiler.graphs) if compiler else 0,
                 "weights": {name: value.detach().clone() for name, value in weights.items()},
             },
