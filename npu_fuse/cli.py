@@ -107,11 +107,22 @@ def check(model: str, require: str, **settings: Any) -> None:
 
 
 @main.command()
-def doctor() -> None:
+@click.option(
+    "--verl",
+    "run",
+    metavar="CONFIG_OR_OVERRIDES",
+    help="Answer the tuning guide for a verl run instead: a launch script, a YAML file, or overrides.",
+)
+def doctor(run: str | None) -> None:  # fmt: skip
     """Say what on this machine keeps npu_fuse from working, or from being fast."""
     from npu_fuse.doctor import doctor as look
+    from npu_fuse.integrations.verl_doctor import verl_doctor
 
-    findings = look()
+    try:
+        findings = look() if run is None else verl_doctor(run)
+    except NpuFuseError as error:
+        click.echo(f"npu-fuse: {error}", err=True)
+        sys.exit(2)
     for finding in findings:
         click.echo(str(finding))
     if any(finding.level == "error" for finding in findings):
