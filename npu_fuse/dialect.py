@@ -87,13 +87,13 @@ _names: dict[Any, str] = {}
 
 def _canonical(node: Node) -> str:
     raw = raw_name(node)
-    if raw.endswith("_") and not raw.endswith("__") and len(raw) > 1 and not is_python_operator(node):
+    if raw.endswith("_") and not raw.endswith("__") and len(raw) > 1 and not _is_python_operator(node):
         raw = raw[:-1]
     result = ALIASES.get(raw, raw)
     return "cast" if result in CASTS else result
 
 
-def is_python_operator(node: Node) -> bool:
+def _is_python_operator(node: Node) -> bool:
     return getattr(node.target, "__module__", None) in ("_operator", "operator")
 
 
@@ -105,7 +105,7 @@ def mutates(node: Node) -> bool:
         return True
     if node.target in IN_PLACE_OPERATORS:
         return True
-    if is_python_operator(node):
+    if _is_python_operator(node):
         return False
     target = node.target
     if isinstance(target, torch._ops.OpOverload):

@@ -146,24 +146,12 @@ def _find_mutations(view: View) -> None:
             key = view.storage.get(target, -1)
             if key != -1 and (not view.mutations.get(key) or view.mutations[key][-1] != i):
                 view.mutations.setdefault(key, []).append(i)
-    for key in mutated - set(view.mutations) if not _schemas_tell(view.nodes) else ():
+    for key in mutated - set(view.mutations):
         # Written by something that no name tells: treat every position as a write.
         view.mutations[key] = list(range(len(view.nodes)))
     for node, key in view.storage.items():
         if key in view.mutations:
             view.aliases.setdefault(key, []).append(node)
-
-
-def _schemas_tell(nodes: Iterable[Node]) -> bool:
-    """Overloads only, as after functionalisation: what writes has a schema that says so. Storages were written before
-    that, when AOTAutograd traced the graph."""
-    return all(
-        isinstance(node.target, torch._ops.OpOverload)
-        or d.raw_name(node).startswith("auto_functionalized")
-        or d.is_python_operator(node)
-        for node in nodes
-        if node.op.startswith("call")
-    )
 
 
 def _flat_nodes(values: Iterable[Any]) -> list[Node]:
