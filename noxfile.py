@@ -62,7 +62,7 @@ def unit_oldest(session: nox.Session) -> None:
 
 
 def run_unit(session: nox.Session) -> None:
-    marked = "not zoo and not slow and not real_wheel"
+    marked = "not zoo and not slow and not real_wheel and not real_vllm and not real_verl"
     session.run("python", "-m", "pytest", *PARALLEL, "-m", marked, *session.posargs)
 
 

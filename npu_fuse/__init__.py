@@ -17,6 +17,7 @@ with contextlib.suppress(ImportError, OSError):
     from npu_fuse.backend import backend
     from npu_fuse.explain import ExplainReport, explain
     from npu_fuse.group_experts import ExpertsReport, group_experts, ungroup_experts
+    from npu_fuse.integrations.vllm import vllm_pass
 
 __all__ = [
     "ExpertsReport",
@@ -36,4 +37,5 @@ __all__ = [
     "group_experts",
     "reports",
     "ungroup_experts",
+    "vllm_pass",
 ]

@@ -13,6 +13,7 @@ from torch.fx import GraphModule
 
 from npu_fuse import dump, shadow, steps
 from npu_fuse.announce import announce
+from npu_fuse.aten import Decompositions
 from npu_fuse.capture import graphs_of
 from npu_fuse.handoff import hand_off
 from npu_fuse.handoff_choice import choose
@@ -52,9 +53,13 @@ def backend(
 
 
 def plan(
-    gm: GraphModule, example_inputs: Sequence[Any], options: Options, training: bool, target: Target | None = None
-) -> GraphReport:
-    """Recognise, prove and lower in place; hand nothing off."""
+    gm: GraphModule, example_inputs: Sequence[Any], options: Options, training: bool, target: Target | None = None,
+    aten: Decompositions | None = None,
+) -> GraphReport:  # fmt: skip
+    """Recognise, prove and lower in place; hand nothing off.
+
+    aten: `gm` is a functionalised graph of overloads, and whoever compiles it decomposes these.
+    """
     target = target if target is not None else target_of(options)
     graph_id = next(_ids)
     dump.graph(options, graph_id, "0_captured", gm)
@@ -62,24 +67,25 @@ def plan(
     sites: list[SiteReport] = []
     errors: list[str] = []
     seconds = dict.fromkeys(("recognise", "prove", "lower"), 0.0)
-    for module in graphs_of(gm):
-        clock = time.perf_counter()
-        try:
-            nodes += len(module.graph.nodes)
-            view = None
-            for rules in steps.turns(RULES):
-                view = view if view is not None else view_of(module.graph)
-                found = steps.recognise(view, rules, options, training)
-                clock = _spent(seconds, "recognise", clock)
-                steps.prove(found, rules, options, target, disk_cache(options))
-                clock = _spent(seconds, "prove", clock)
-                steps.put_in(module, view, found, target)
-                clock = _spent(seconds, "lower", clock)
-                sites += steps.site_reports(found)
-                view = None if found else view
-        except Exception as fault:
-            logger.debug("npu_fuse left a graph alone", exc_info=True)
-            errors.append(f"{type(fault).__name__}: {fault}")
+    with torch.utils._python_dispatch._disable_current_modes():  # a compiler's fake mode: element ids are real values
+        for module in graphs_of(gm):
+            clock = time.perf_counter()
+            try:
+                nodes += len(module.graph.nodes)
+                view = None
+                for rules in steps.turns(RULES):
+                    view = view if view is not None else view_of(module.graph)
+                    found = steps.recognise(view, rules, options, training)
+                    clock = _spent(seconds, "recognise", clock)
+                    steps.prove(found, rules, options, target, disk_cache(options))
+                    clock = _spent(seconds, "prove", clock)
+                    steps.put_in(module, view, found, target, aten)
+                    clock = _spent(seconds, "lower", clock)
+                    sites += steps.site_reports(found)
+                    view = None if found else view
+            except Exception as fault:
+                logger.debug("npu_fuse left a graph alone", exc_info=True)
+                errors.append(f"{type(fault).__name__}: {fault}")
     dump.candidates(options, graph_id, sites)
     dump.graph(options, graph_id, "2_lowered", gm)
     handoff = choose(options, target, training)

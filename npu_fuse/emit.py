@@ -86,6 +86,9 @@ class RunEmitter:
 class GraphEmitter:
     """Writes a form as nodes of the graph, behind `after`; shared values right behind what they need."""
 
+    example = "example_value"
+    """The key under which the graph's nodes carry their example values."""
+
     def __init__(
         self, graph: Graph, target: Target, fake_mode: FakeTensorMode | None, memo: dict[Hashable, Node]
     ) -> None:
@@ -108,20 +111,24 @@ class GraphEmitter:
 
     def call(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         node = self.graph.call_function(function, args, kwargs)
+        self._mark(node)
+        self._fake(node, function, args, kwargs)
+        return node
+
+    def _mark(self, node: Node) -> None:
+        """Ours, and written where its origin was."""
         self.made.append(node)
         if self.origin is not None:
             for key in ("stack_trace", "nn_module_stack", "source_fn_stack"):
                 if key in self.origin.meta:
                     node.meta[key] = self.origin.meta[key]
         node.meta["npu_fuse"] = True
-        self._fake(node, function, args, kwargs)
-        return node
 
     def _fake(self, node: Node, function: Callable[..., Any], args: Any, kwargs: Any) -> None:
         if self.fake_mode is None:
             return
         if function is operator.getitem and isinstance(found := d.value(args[0]), tuple):
-            node.meta["example_value"] = found[args[1]]
+            node.meta[self.example] = found[args[1]]
             return
         values = torch.fx.node.map_arg(args, d.value)
         named = torch.fx.node.map_arg(kwargs, d.value)
@@ -134,7 +141,7 @@ class GraphEmitter:
         if not known:
             with self.fake_mode, torch.no_grad():
                 self.examples[key] = _with_gradient(function(*values, **named), trained)
-        node.meta["example_value"] = self.examples[key]
+        node.meta[self.example] = self.examples[key]
 
     def _carries_gradient(self, node: Node) -> bool:
         """Rules that look at the graph later ask which values are trained."""

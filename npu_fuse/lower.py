@@ -15,6 +15,7 @@ import torch
 from torch.fx import GraphModule, Node
 
 from npu_fuse import dialect as d
+from npu_fuse.aten import AtenEmitter, Decompositions
 from npu_fuse.emit import GraphEmitter
 from npu_fuse.sites import Form, Site
 from npu_fuse.targets import Target
@@ -41,9 +42,19 @@ class Lowered:
     error: str = ""
 
 
-def lower(gm: GraphModule, view: View, accepted: Sequence[Accepted], target: Target, fake_mode: Any) -> list[Lowered]:
-    """Write every accepted site into the graph of `gm`, in the order of the graph."""
-    emitter = GraphEmitter(gm.graph, target, fake_mode, {})
+def lower(
+    gm: GraphModule, view: View, accepted: Sequence[Accepted], target: Target, fake_mode: Any,
+    aten: Decompositions | None = None,
+) -> list[Lowered]:  # fmt: skip
+    """Write every accepted site into the graph of `gm`, in the order of the graph.
+
+    aten: the graph is a functionalised one of overloads, and whoever compiles it decomposes these.
+    """
+    emitter: GraphEmitter
+    if aten is None:
+        emitter = GraphEmitter(gm.graph, target, fake_mode, {})
+    else:
+        emitter = AtenEmitter(gm.graph, target, fake_mode, {}, decompositions=aten)
     emitter.scope.update(view.scope)
     emitter.written.update(n for n, key in view.storage.items() if key in view.mutations)
     replaced: dict[Node, Node] = {}

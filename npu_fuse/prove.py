@@ -59,7 +59,11 @@ def prove(site: Site, form: Form, numerics: str = "fused", target: Target = REFE
 
 
 class isolated:
-    """Autocast off, gradients on, float32 by default, and all as it was afterwards. Generators are our own."""
+    """Autocast off, gradients on, float32 by default, and all as it was afterwards. Generators are our own.
+
+    Hooks on saved tensors are kept out: those of a checkpointed region, inside of which a model is compiled, would
+    take the proof's tensors for the model's.
+    """
 
     def __enter__(self) -> None:
         self._stack: list[Any] = [
@@ -67,6 +71,7 @@ class isolated:
             torch.enable_grad(),
             torch.autocast("cpu", enabled=False),
             torch.utils._python_dispatch._disable_current_modes(),
+            torch.autograd.graph.saved_tensors_hooks(torch.Tensor.detach, _unchanged),
         ]
         self._dtype = torch.get_default_dtype()
         for context in self._stack:
@@ -79,6 +84,10 @@ class isolated:
             torch.set_default_dtype(self._dtype)
         for context in reversed(self._stack):
             context.__exit__(*exc)
+
+
+def _unchanged(saved: torch.Tensor) -> torch.Tensor:
+    return saved
 
 
 @dataclass

@@ -13,6 +13,7 @@ from torch.fx import GraphModule
 
 from npu_fuse import costs
 from npu_fuse import dialect as d
+from npu_fuse.aten import Decompositions
 from npu_fuse.lower import Accepted, lower
 from npu_fuse.options import Options
 from npu_fuse.proofs import verdict_on
@@ -154,7 +155,9 @@ def _settle_compositions(candidates: list[Candidate], contained: set[int]) -> No
     candidates[:] = kept
 
 
-def put_in(gm: GraphModule, view: View, candidates: Sequence[Candidate], target: Target) -> None:
+def put_in(
+    gm: GraphModule, view: View, candidates: Sequence[Candidate], target: Target, aten: Decompositions | None = None
+) -> None:
     """Lower what was proved, and measure both forms."""
     accepted = [
         Accepted(c.site, c.form, i) for i, c in enumerate(candidates) if c.site is not None and c.form is not None
@@ -168,7 +171,7 @@ def put_in(gm: GraphModule, view: View, candidates: Sequence[Candidate], target:
         if key not in known:
             known[key] = costs.before(entry.site)
         candidate.before = known[key]
-    for result in lower(gm, view, accepted, target, _fake_mode(view)):
+    for result in lower(gm, view, accepted, target, _fake_mode(view), aten):
         candidate = candidates[result.index]
         if result.error:
             candidate.refuse(Status.ERROR, "lower.fault", result.error)

@@ -182,3 +182,12 @@ def test_vmap_and_functional_gradients():
     for function in (batched, slope):
         torch.testing.assert_close(compiled(function)(values()), function(values()), rtol=1e-4, atol=1e-5)
     assert Status.FUSED not in statuses() and {s.code for s in sites("rms_norm")} == {"scope.functorch"}
+
+
+def test_proofs_keep_out_of_the_hooks_of_a_checkpointed_region():
+    """Compiled when it is first called, which is inside: the proof saves tensors for its own gradients."""
+    seen = []
+    model, x = Block(), values().requires_grad_()
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: seen.append(t.dtype) or t, lambda t: t):
+        compiled(model)(x)
+    assert seen and torch.float64 not in seen  # what is lifted is the proof's

@@ -1,0 +1,123 @@
+"""One rank of a real verl FSDP actor: some optimizer steps on seeded data, results as one torch file.
+
+Run as a program with RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT set.
+"""
+
+import argparse
+import json
+from functools import partial
+
+import torch
+
+LENGTHS = ((7, 12, 5, 9), (3, 14, 8, 6), (11, 4, 10, 13))
+"""Another number of tokens in every step, and in every micro-batch."""
+
+
+def batch(step, rank, vocabulary):
+    from tensordict import TensorDict
+
+    generator = torch.Generator().manual_seed(1000 * step + rank)
+    lengths = LENGTHS[step % len(LENGTHS)]
+    ids = [torch.randint(3, vocabulary, (n,), generator=generator) for n in lengths]
+    jagged = partial(torch.nested.as_nested_tensor, layout=torch.jagged)
+    return TensorDict(
+        {
+            "input_ids": jagged(ids),
+            "position_ids": jagged([torch.arange(n) for n in lengths]),
+            "loss_mask": jagged([torch.ones(n) for n in lengths]),
+        },
+        batch_size=len(lengths),
+    )
+
+
+def make_engine(given):
+    from verl.trainer.config import CheckpointConfig
+    from verl.workers.config import FSDPEngineConfig, FSDPOptimizerConfig, HFModelConfig
+    from verl.workers.engine import EngineRegistry
+
+    model = HFModelConfig(
+        path=given.model, load_tokenizer=False, use_remove_padding=True, external_lib="npu_fuse.integrations.verl",
+        override_config={"attn_implementation": "sdpa"}, enable_gradient_checkpointing=not given.no_checkpointing,
+        lora_rank=given.lora, fused_kernel_options=json.loads(given.fused),
+    )  # fmt: skip
+    engine = FSDPEngineConfig(
+        strategy=given.strategy, use_dynamic_bsz=False, micro_batch_size_per_gpu=2, use_torch_compile=False,
+        use_orig_params=not given.flat, ulysses_sequence_parallel_size=given.ulysses, forward_only=given.forward_only,
+        mixed_precision={"param_dtype": given.dtype, "reduce_dtype": "fp32", "buffer_dtype": "fp32"},
+        reshard_after_forward=not given.keep_unsharded,
+    )  # fmt: skip
+    optimizer = FSDPOptimizerConfig(lr=1e-3, total_training_steps=10)
+    return EngineRegistry.new(
+        model_type="language_model", backend=given.strategy, model_config=model, engine_config=engine,
+        optimizer_config=optimizer, checkpoint_config=CheckpointConfig(),
+    )  # fmt: skip
+
+
+def main():
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--model", required=True)
+    parser.add_argument("--out", required=True)
+    parser.add_argument("--strategy", default="fsdp2")
+    parser.add_argument("--dtype", default="fp32")
+    parser.add_argument("--fused", default="{}", help="fused_kernel_options as JSON")
+    parser.add_argument("--steps", type=int, default=3)
+    parser.add_argument("--ulysses", type=int, default=1)
+    parser.add_argument("--lora", type=int, default=0)
+    parser.add_argument("--save", help="a folder for verl's own checkpoint after the last step")
+    parser.add_argument("--resume", help="a folder of such a checkpoint")
+    for flag in ("no-checkpointing", "flat", "forward-only", "keep-unsharded"):
+        parser.add_argument(f"--{flag}", action="store_true")
+    given = parser.parse_args()
+
+    import verl.utils.tensordict_utils as tu
+    from verl.workers.utils.losses import sft_loss
+
+    from npu_fuse.report import Status
+
+    torch.distributed.init_process_group("gloo")
+    rank = torch.distributed.get_rank()
+    torch.manual_seed(0)
+    engine = make_engine(given)
+    if given.strategy == "fsdp":
+        import torch.distributed.fsdp._init_utils as init_utils
+
+        init_utils._check_module_states_for_sync_module_states = lambda *_: None
+    engine.initialize()
+    if given.resume:
+        engine.load_checkpoint(given.resume)
+    vocabulary = engine.model_config.hf_config.vocab_size
+    losses, norms = [], []
+    for step in range(given.steps):
+        data = batch(step, rank // given.ulysses, vocabulary)
+        tu.assign_non_tensor(
+            data, temperature=1.0, use_remove_padding=True, use_dynamic_bsz=False, micro_batch_size_per_gpu=2,
+            use_fused_kernels=False, calculate_entropy=False, global_batch_size=4 * engine.get_data_parallel_size(),
+        )  # fmt: skip
+        with engine.train_mode():
+            made = engine.train_batch(data, partial(sft_loss, config=None))
+        losses.append(made["loss"] if "loss" in made else made["metrics"].get("loss"))
+        norms.append(float(made["metrics"]["grad_norm"]))
+    if given.save:
+        engine.save_checkpoint(given.save, global_step=given.steps)
+    weights = {name: value for name, value in engine.get_per_tensor_param()[0]}
+    weights = {name: value.full_tensor() if hasattr(value, "full_tensor") else value for name, value in weights.items()}
+    names = [name for name, _ in engine.module.named_parameters()]
+    entries = torch._dynamo.utils.counters["graph_break"]
+    compiler = getattr(engine, "npu_fuse_blocks", None)
+    if rank == 0:
+        torch.save(
+            {
+                "losses": losses, "norms": norms, "names": names, "breaks": dict(entries),
+                "state": list(engine.module.state_dict()), "summary": compiler.summary() if compiler else "",
+                "fused": sum(g.count(Status.FUSED) for g in compiler.graphs) if compiler else 0,
+                "graphs": len(compiler.graphs) if compiler else 0,
+                "weights": {name: value.detach().clone() for name, value in weights.items()},
+            },
+            given.out,
+        )  # fmt: skip
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
