@@ -13,7 +13,9 @@ import torch
 from torch.fx import Graph, Node
 
 from npu_fuse import dialect as d
-from npu_fuse import ops
+from npu_fuse import ops, pretend
+from npu_fuse.groups import Group
+from npu_fuse.replay import Sizes, resized
 from npu_fuse.targets import REFERENCE, Target
 
 if TYPE_CHECKING:
@@ -40,6 +42,12 @@ class Emitter(Protocol):
     def again(self, node: Node, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
         """A node of the site once more, on other operands. It writes into none of them."""
 
+    def moved(self, node: Node, value: Any) -> Any:
+        """A movement node of the site once more, on another value of its operand's shape."""
+
+    def group(self, group: Group) -> str:
+        """A process group as the ops of collectives take it: by name, in a proof a pretended one."""
+
     def shared(self, key: Hashable, values: Sequence[Any], build: Callable[..., Any]) -> Any:
         """`build(*values)`, once per graph for the same key and values (tables), but for values that are written."""
 
@@ -50,9 +58,10 @@ class Emitter(Protocol):
 class RunEmitter:
     """Runs a form on tensors with the reference ops. `lifted` computes everything in float64."""
 
-    def __init__(self, lifted: bool = False, target: Target = REFERENCE) -> None:
+    def __init__(self, lifted: bool = False, target: Target = REFERENCE, sizes: Sizes | None = None) -> None:
         self.lifted = lifted
         self.target = target
+        self.sizes = sizes
 
     def call(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         return function(*args, **kwargs)
@@ -74,6 +83,15 @@ class RunEmitter:
         if recorded is not None and recorded.is_floating_point() and not self.lifted:
             return result.to(recorded.dtype)  # what autocast made of it
         return result
+
+    def moved(self, node: Node, value: Any) -> Any:
+        source = node.args[0]
+        assert isinstance(source, Node)
+        args, kwargs = resized(node, {source: value}, self.sizes or Sizes())
+        return d.function_of(node)(*args, **kwargs)
+
+    def group(self, group: Group) -> str:
+        return pretend.name(group.size)
 
     def shared(self, key: Hashable, values: Sequence[Any], build: Callable[..., Any]) -> Any:
         return build(*values)
@@ -162,6 +180,12 @@ class GraphEmitter:
         if d.name(node) == "cast" and recorded is not None:
             return self.cast(args[0], recorded.dtype)
         return self.call(_without_writing(node), *args, **{k: v for k, v in kwargs.items() if k != "inplace"})
+
+    def moved(self, node: Node, value: Any) -> Any:
+        return self.call(d.function_of(node), value, *node.args[1:], **node.kwargs)
+
+    def group(self, group: Group) -> str:
+        return group.name
 
     def shared(self, key: Hashable, values: Sequence[Any], build: Callable[..., Any]) -> Any:
         if any(v in self.written for v in values if isinstance(v, Node)):

@@ -53,6 +53,10 @@ def structure_key(site: Site, form: Form, numerics: str) -> str:
     names |= {twin: names[node] for twin, node in site.twins}
     for node in site.nodes:
         names[node] = len(parts)
+        other = site.stand_ins.get(node)
+        if other is not None:
+            parts.append((str(other.key), _encode(other.operands, names), _described(node)))
+            continue
         args, kwargs = (node.args, node.kwargs) if d.name(node) != "cast" else (node.args[:1], {})
         given = _encode(kwargs, names) if kwargs else ()
         parts.append((_target(node), _encode(args, names), given, _described(node)))

@@ -20,6 +20,8 @@ class Target:
     soc: str | None = None
     concatenates: bool = False
     """Gate and up from two projections are concatenated: the op takes one tensor."""
+    min_rows: int = 0
+    """Products of fewer rows are not fused with the communication that follows."""
 
     def resolve(self, op: str) -> Callable[..., Any]:
         """The callable that a graph node calls, e.g. `torch.ops.npu.npu_rms_norm.default`."""
