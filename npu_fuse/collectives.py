@@ -6,7 +6,7 @@ sum. Functional collectives give a new value. vLLM's op does so without a wait.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping
+from collections.abc import Collection, Hashable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -114,6 +114,20 @@ def reduction_of(view: View, node: Node) -> Reduction | str:
 
 def _same(value: Any) -> Any:
     return value
+
+
+def is_read(view: View, value: Node, inside: Collection[Node]) -> bool:
+    """Whether the value reaches an output, a write or another collective.
+
+    torch keeps a collective whose result nobody reads (another rank may wait for it), but no call of ours.
+    """
+    if "live" not in view.memo:
+        live: set[Node] = set()
+        for node in reversed(view.nodes):
+            if node in live or node.op == "output" or d.mutates(node) or is_collective(node):
+                live.update((node, *node.all_input_nodes))
+        view.memo["live"] = live
+    return any(user in view.memo["live"] for user in value.users if user not in inside)
 
 
 def has_gradient() -> bool:

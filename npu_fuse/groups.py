@@ -57,7 +57,7 @@ def group_of(argument: Any) -> Group | str:
 def resolve(name: str) -> Any:
     """The process group of this name now, torch's or vLLM's; None where there is none."""
     try:
-        return dist.distributed_c10d._resolve_process_group(name)  # type: ignore[attr-defined, unused-ignore]
+        return dist.distributed_c10d._resolve_process_group(name)  # type: ignore[attr-defined, arg-type, unused-ignore]
     except (RuntimeError, LookupError, ValueError):
         return _of_vllm(name)
 

@@ -1,8 +1,8 @@
 """Collectives in a proof: one process stands for all ranks, and nothing is communicated.
 
 A proof must not wait for other ranks (one may have its proof in a cache), nor depend on what they hold. So the
-group is pretended: rank r is taken to hold the same activations and weights whose columns are rolled by r, which
-makes its part of a sum `roll(part, r)`. A sum over ranks, its gradient, a bias added once per rank or once at
+group is pretended: rank r's part of a sum is this rank's, its elements rolled by r in the order of memory, which
+views do not change. A sum over ranks, its gradient, a bias added once per rank or once at
 all, an activation before or behind the sum: each gives other numbers, as it would on a real group. What a
 pretended group cannot show, that the ranks do what this file says, is shown by tests on real process groups.
 """
@@ -28,11 +28,12 @@ def size_of(group: str) -> int | None:
 
 
 def summed(value: torch.Tensor, size: int) -> torch.Tensor:
-    """The sum over ranks, in the value's dtype; columns are the last dimension."""
-    total = value
+    """The sum over ranks, in the value's dtype, one after the other."""
+    flat = value.reshape(-1)
+    total = flat
     for rank in range(1, size):
-        total = total + value.roll(rank, -1)
-    return total
+        total = total + flat.roll(rank)
+    return total.view(value.shape)
 
 
 class _AllReduce(torch.autograd.Function):

@@ -17,7 +17,6 @@ from typing import Any
 
 import torch
 from torch.fx import Node
-from torch.fx.node import has_side_effect
 
 from npu_fuse import collectives, groups, ops, pretend, reduced
 from npu_fuse import dialect as d
@@ -115,7 +114,6 @@ ops.define(
     " -> Tensor", _forward, keeps=(0, 1), fake=_fake, expand=_forward,
 )  # fmt: skip
 ops.differentiable("mm_all_reduce", _backward, _setup)
-has_side_effect(ops.op("mm_all_reduce"))  # a result that one rank does not use must not stop the others
 
 
 def _npu_reference(
@@ -145,7 +143,6 @@ SCHEMA = (
     " str? comm_mode=None) -> Tensor"
 )
 ops.define(SCHEMA, _npu_reference, fake=_npu_fake)
-has_side_effect(ops.op("npu_mm_all_reduce_base"))
 
 
 # --- the rule --------------------------------------------------------------------------------------
@@ -172,6 +169,8 @@ def recognise(view: View) -> list[Site | Miss]:
 def _site(view: View, reduction: collectives.Reduction, below: reduced.Reduced) -> Site | Miss:
     product = below.product
     value = _value(view, reduction, below)
+    if not isinstance(value, str) and not collectives.is_read(view, value, {*below.nodes, *reduction.nodes}):
+        value = "nothing reads the sum: compilers would drop a fused call, on this rank alone"
     if isinstance(value, str):
         return Miss(NAME, reduction.anchor, f"{NAME}.used", value)
     nodes = {*below.nodes, *reduction.nodes}
