@@ -45,6 +45,12 @@ class Emitter(Protocol):
     def moved(self, node: Node, value: Any) -> Any:
         """A movement node of the site once more, on another value of its operand's shape."""
 
+    def local(self, value: Any) -> Any:
+        """A rank's own part of a DTensor; other tensors as they are."""
+
+    def replicated(self, value: Any, like: Any) -> Any:
+        """A DTensor on the mesh of `like`, alike on all ranks."""
+
     def group(self, group: Group) -> str:
         """A process group as the ops of collectives take it: by name, in a proof a pretended one."""
 
@@ -89,6 +95,12 @@ class RunEmitter:
         assert isinstance(source, Node)
         args, kwargs = resized(node, {source: value}, self.sizes or Sizes())
         return d.function_of(node)(*args, **kwargs)
+
+    def local(self, value: Any) -> Any:
+        return value
+
+    def replicated(self, value: Any, like: Any) -> Any:
+        return value
 
     def group(self, group: Group) -> str:
         return pretend.name(group.size)
@@ -184,6 +196,16 @@ class GraphEmitter:
     def moved(self, node: Node, value: Any) -> Any:
         return self.call(d.function_of(node), value, *node.args[1:], **node.kwargs)
 
+    def local(self, value: Any) -> Any:
+        found = d.tensor(value)
+        kind: Any = type(found)
+        return self.call(kind.to_local, value) if hasattr(found, "_local_tensor") else value
+
+    def replicated(self, value: Any, like: Any) -> Any:
+        from npu_fuse.dtensors import wrap_like
+
+        return self.call(wrap_like, value, like)
+
     def group(self, group: Group) -> str:
         return group.name
 
@@ -252,7 +274,7 @@ def _kind(value: Any) -> Hashable:
     if isinstance(value, torch.Tensor):
         sizes = (*value.shape, *value.stride())
         known = tuple([s if s.__class__ is int else _kind(s) for s in sizes])
-        return (value.__class__, value.dtype, value.device, known)
+        return (value.__class__, value.dtype, value.device, known, getattr(value, "placements", None))
     if isinstance(value, (torch.SymInt, torch.SymFloat, torch.SymBool)):
         return ("symbol", value.node.expr)
     if isinstance(value, (tuple, list)):

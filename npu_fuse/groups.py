@@ -47,11 +47,11 @@ def group_of(argument: Any) -> Group | str:
     if not dist.is_available() or not dist.is_initialized():
         return "no process group is initialised"
     if isinstance(argument, dist.ProcessGroup):
-        return _described(argument)
+        return described(argument)
     if not isinstance(argument, str):
         return f"the group is given as {type(argument).__name__}"
     found = resolve(argument)
-    return _described(found) if found is not None else f"no group is named {argument!r} in this process"
+    return described(found) if found is not None else f"no group is named {argument!r} in this process"
 
 
 def resolve(name: str) -> Any:
@@ -71,7 +71,8 @@ def _of_vllm(name: str) -> Any:
     return getattr(coordinator, "device_group", None)
 
 
-def _described(group: Any) -> Group:
+def described(group: Any) -> Group:
+    """The group by its ranks."""
     return Group(tuple(dist.get_process_group_ranks(group)), str(group.group_name))
 
 

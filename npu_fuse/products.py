@@ -42,7 +42,7 @@ class Product:
 
     def operands(self, e: Emitter, env: Mapping[Node, Any], dtype: torch.dtype) -> tuple[Any, Any, Any]:
         """x1 [..., K], x2 [K, N] (a view of w) and the bias [N] or None, in the dtype of the product."""
-        x, w = e.cast(env[self.x], dtype), e.cast(env[self.w], dtype)
+        x, w = e.cast(e.local(env[self.x]), dtype), e.cast(e.local(env[self.w]), dtype)
         if self.contracted > 1:
             x = e.call(torch.flatten, x, -self.contracted)
         inner = (-self.contracted, -1) if self.transposed else (0, self.contracted - 1)
@@ -57,7 +57,7 @@ class Product:
             w = e.call(torch.flatten, w, *outer)
         if self.transposed:
             w = e.call(torch.t, w)
-        return x, w, None if self.bias is None else e.cast(env[self.bias], dtype)
+        return x, w, None if self.bias is None else e.cast(e.local(env[self.bias]), dtype)
 
     def shaped(self, e: Emitter, value: Any, env: Mapping[Node, Any]) -> Any:
         """[..., N] as the spelling gives it: with all of the weight's dimensions."""

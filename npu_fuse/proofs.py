@@ -73,11 +73,12 @@ def _target(node: Node) -> str:
 
 
 def _described(node: Node) -> Hashable:
-    found = d.tensor(node)
+    found = d.local(node)
     if found is None:
         return type(d.value(node)).__name__
     shape = tuple([s if s.__class__ is int else str(s) for s in found.shape])
-    return (found.dtype, shape, found.requires_grad)
+    whole = d.tensor(node)
+    return (found.dtype, shape, whole is not None and whole.requires_grad)
 
 
 def _encode(arg: Any, names: dict[Node, int]) -> Hashable:

@@ -170,7 +170,7 @@ def _sizes(site: Site, probe: Probe) -> Sizes:
         if site.ranges:
             sizes = replace(sizes, ranges={n: sizes.of(a) * sizes.of(b) for n, (a, b) in site.ranges.items()})
         for node in tensors:
-            elements = torch.Size(sizes.shape(d.tensor(node).shape)).numel()  # type: ignore[union-attr]
+            elements = torch.Size(sizes.shape(d.local(node).shape)).numel()  # type: ignore[union-attr]
             if elements > MAX_ELEMENTS:
                 raise CannotShrink(f"a probe of {elements} elements is over the limit of {MAX_ELEMENTS}") from problem
         try:
@@ -185,7 +185,7 @@ def _dry_run(site: Site, sizes: Sizes) -> None:
     """On zeros: do the rewritten literals fit together?"""
     env = {}
     for node in site.inputs:
-        found = d.tensor(node)
+        found = d.local(node)
         env[node] = torch.zeros(sizes.shape(found.shape), dtype=found.dtype) if found is not None else 1.0
     env |= {twin: env[node] for twin, node in site.twins}
     with torch.no_grad():

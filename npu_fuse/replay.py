@@ -72,7 +72,7 @@ def choose_sizes(
     differ and whose sizes a guard holds equal ([s0 · s1, D] and [s2 · s3, D]).
     """
     literal: dict[int, int] = {}
-    shapes = [found.shape for n in inputs if (found := d.tensor(n)) is not None]
+    shapes = [found.shape for n in inputs if (found := d.local(n)) is not None]
     symbols = _feature_symbols(shapes, kept, pool)
     fresh = iter(pool)
     for shape in shapes:

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from npu_fuse import collectives, groups, ops, pretend, reduced
+from npu_fuse import collectives, dtensors, groups, ops, pretend, reduced
 from npu_fuse import dialect as d
 from npu_fuse.emit import Emitter
 from npu_fuse.report import Status
@@ -151,6 +151,13 @@ ops.define(SCHEMA, _npu_reference, fake=_npu_fake)
 def recognise(view: View) -> list[Site | Miss]:
     found: list[Site | Miss] = []
     for node in view.nodes:
+        if dtensors.is_reduction(node):
+            distributed = dtensors.reduction_of(view, node)
+            if isinstance(distributed, str):
+                found.append(Miss(NAME, node, f"{NAME}.placements", distributed))
+            elif distributed is not None:
+                found.append(_site(view, *distributed))
+            continue
         if not collectives.is_all_reduce(node):
             continue
         below = reduced.find(view, collectives.source_of(node), node)
@@ -180,6 +187,8 @@ def _site(view: View, reduction: collectives.Reduction, below: reduced.Reduced) 
     moves = [n for n in below.moves if n in below.order[:upto]]
     trained = (out := d.tensor(value)) is not None and out.requires_grad
     gradient = reduction.gradient if trained else "identity"
+    spread = dtensors.layout_of(product.node) is not None
+    wrapped = dtensors.layout_of(value) is not None
 
     def emit(e: Emitter, env: Mapping[Node, Any]) -> Any:
         x1, x2, bias = replace(product, bias=below.bias).operands(e, env, result.dtype)
@@ -188,7 +197,7 @@ def _site(view: View, reduction: collectives.Reduction, below: reduced.Reduced) 
         y = product.shaped(e, y, env)
         for move in moves:
             y = e.moved(move, y)
-        return y
+        return e.replicated(y, env[product.w]) if wrapped else y
 
     inputs = tuple(dict.fromkeys(n for n in (product.x, product.w, below.bias) if n is not None))
     size = reduction.group.size
@@ -202,7 +211,7 @@ def _site(view: View, reduction: collectives.Reduction, below: reduced.Reduced) 
         (Form("as it is", emit, (*product.key, below.bias is not None, below.bias_parts, gradient, size)),),
         reduction.anchor, params, stand_ins={**below.stand_ins, **reduction.stand_ins}, pool=(3, 5, 7, 4, 6, 8),
         facts={"kept": 0, "group": reduction.group, "x": product.x, "w": product.w, "sums": True,
-               "overlapped": reduction.overlapped, "product": product},
+               "overlapped": reduction.overlapped, "product": product, "dtensors": spread},
     )  # fmt: skip
 
 

@@ -54,7 +54,7 @@ class Counting:
 
 def compare(
     function: Callable[..., Any], make: Callable[[], list[Any]], train: bool, dynamic: bool | None = None,
-    calls: int = 1, autocast: bool = False,
+    calls: int = 1, autocast: bool = False, model: torch.nn.Module | None = None,
 ) -> Outcome:  # fmt: skip
     """`make` gives new inputs for each call, alike in both runs. Both are compiled, for what an in-place
     collective's gradient is differs between torch.compile and eager."""
@@ -68,7 +68,7 @@ def compare(
         found: list[Any] = []
         try:
             for _ in range(calls):
-                found += _call(compiled, make(), train, autocast)
+                found += _call(compiled, make(), train, autocast, model)
         except Exception as fault:  # on all ranks alike, or the others will time out
             return Outcome((), (), Counter(), Counter(), (f"{'fused' if fuse else 'plain'}: {fault}"[-600:],))
         results.append(found)
@@ -85,7 +85,9 @@ def _backend(fuse: bool, handoff: Any) -> dict[str, Any]:
     return {"backend": "npu_fuse", "options": {"target": "reference", "handoff": handoff}}
 
 
-def _call(compiled: Callable[..., Any], inputs: list[Any], train: bool, autocast: bool) -> list[Any]:
+def _call(
+    compiled: Callable[..., Any], inputs: list[Any], train: bool, autocast: bool, model: torch.nn.Module | None
+) -> list[Any]:
     leaves = [t.requires_grad_(train) if t.is_floating_point() else t for t in inputs]
     given = [t.clone() if train else t for t in leaves]
     scope = torch.autocast("cpu", torch.bfloat16) if autocast else contextlib.nullcontext()
@@ -96,8 +98,13 @@ def _call(compiled: Callable[..., Any], inputs: list[Any], train: bool, autocast
     if train and any(o.requires_grad for o in outputs):
         generator = torch.Generator().manual_seed(7)
         loss = sum((o.float() * torch.randn(o.shape, generator=generator)).sum() for o in outputs if o.requires_grad)
-        gradients = list(torch.autograd.grad(loss, leaves, allow_unused=True))
-    return [*(o.detach() for o in outputs), *gradients]
+        wanted = [*leaves, *(model.parameters() if model is not None else ())]
+        gradients = [_local(g) for g in torch.autograd.grad(loss, wanted, allow_unused=True)]
+    return [*(_local(o.detach()) for o in outputs), *gradients]
+
+
+def _local(value: Any) -> Any:
+    return getattr(value, "_local_tensor", value)
 
 
 def _difference(left: Any, right: Any) -> float:
