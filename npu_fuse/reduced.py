@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from torch.fx import Node
 
 from npu_fuse import dialect as d
+from npu_fuse import functions
 from npu_fuse.collectives import KEEPS_ORDER
 from npu_fuse.products import Product, product_of
 from npu_fuse.sites import StandIn
@@ -55,6 +56,8 @@ def find(view: View, source: object, reader: Node) -> Reduced | str | None:
             return Reduced(product, tuple(order), moves, taken, 1, (*product.nodes, *order[1:]))
         if not node.op.startswith("call"):
             return None
+        if functions.holds_product(node):
+            return "the product is computed inside an autograd function, with a backward of its own"
         order.append(node)
         if d.name(node) in KEEPS_ORDER or _stays(node):
             if d.name(node) in d.LIKE_ANOTHER and not _stays(node):

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from npu_fuse import collectives, dtensors, groups, ops, pretend, reduced
+from npu_fuse import collectives, dtensors, functions, groups, ops, pretend, reduced
 from npu_fuse import dialect as d
 from npu_fuse.emit import Emitter
 from npu_fuse.report import Status
@@ -158,12 +158,14 @@ def recognise(view: View) -> list[Site | Miss]:
             elif distributed is not None:
                 found.append(_site(view, *distributed))
             continue
-        if not collectives.is_all_reduce(node):
+        function = functions.reduction_of(node) if functions.is_function(node) else None
+        if function is None and not collectives.is_all_reduce(node):
             continue
-        below = reduced.find(view, collectives.source_of(node), node)
+        source = functions.operand_of(node) if function is not None else collectives.source_of(node)
+        below = reduced.find(view, source, node)
         if below is None:
             continue  # nothing near that is a product: an embedding, a loss
-        reduction = collectives.reduction_of(view, node)
+        reduction = function if function is not None else collectives.reduction_of(view, node)
         if isinstance(reduction, str):
             found.append(Miss(NAME, node, f"{NAME}.collective", reduction))
         elif isinstance(below, str):

@@ -205,6 +205,75 @@ def under_no_grad_scope(x, w, b, r):
     return y * r
 
 
+# --- autograd functions ----------------------------------------------------------------------------
+
+
+def function(forward: Callable[..., Any], backward: Callable[..., Any]) -> Callable[..., Any]:
+    class Made(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return forward(x)
+
+        @staticmethod
+        def backward(ctx, grad):
+            return backward(grad)
+
+    return Made.apply
+
+
+def own(x: Any) -> Any:
+    return x
+
+
+def reduce_contiguous(x: Any) -> Any:
+    dist.all_reduce(x.contiguous())
+    return x
+
+
+def reduce_clone(x: Any) -> Any:
+    return total_(x.clone())
+
+
+reduce_from_region = function(total_, own)
+reduce_contiguously = function(reduce_contiguous, own)
+reduce_a_clone = function(reduce_clone, own)
+reduce_both_ways = function(total_, lambda g: total_(g.clone()))
+reduce_functionally = function(total, own)
+reduce_and_scale = function(lambda y: total_(y) * 2, own)
+scale_the_gradient = function(total_, lambda g: g * 2)
+copy_to_region = function(lambda x: x.view_as(x), lambda g: total_(g.clone()))
+
+
+@fused
+def megatron(x, w, b, r):
+    return reduce_from_region(linear(x, w)) + b
+
+
+@fused
+def megatron_contiguous(x, w, b, r):
+    return reduce_contiguously(torch.matmul(x, w.t())) + r
+
+
+@fused
+def megatron_clone(x, w, b, r):
+    return reduce_a_clone(linear(x, w, b)).sin()
+
+
+@fused
+def function_both_ways(x, w, b, r):
+    return reduce_both_ways(linear(x, w)) + r
+
+
+@fused
+def functional_in_function(x, w, b, r):
+    return reduce_functionally(torch.mm(flat(x), w.t()).view(*x.shape[:-1], -1)) * r
+
+
+@fused
+def megatron_layer(x, w, b, r):
+    return reduce_from_region(linear(linear(copy_to_region(x), w, b).relu(), w.t())).sin()
+
+
 # --- near misses -----------------------------------------------------------------------------------
 
 
@@ -328,6 +397,22 @@ def overlapped(x, w, b, r):
     started = library.all_reduce(linear(x, w), "sum", dist.group.WORLD.group_name)
     other = (r * 2).sin()
     return library.wait_tensor(started) + other
+
+
+@near("mul is computed")
+def function_scales(x, w, b, r):
+    return reduce_and_scale(linear(x, w))
+
+
+@near("backward mul is computed")
+def function_scales_the_gradient(x, w, b, r):
+    return scale_the_gradient(linear(x, w))
+
+
+@near("used besides its sum|read before")
+def function_argument_used(x, w, b, r):
+    y = linear(x, w)
+    return reduce_a_clone(y) + y
 
 
 @near("nothing reads the sum")

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from typing import Any
 
 PRELOADED = ["torch", "torch.distributed.tensor", "torch._dynamo", "torch._inductor.compile_fx", "npu_fuse.backend"]
-LIMIT = 240.0
+LIMIT = 500.0
 """Seconds for one run; the machine may be busy."""
 
 

@@ -79,7 +79,6 @@ def scattered() -> Any:
 FUSED: dict[str, tuple[Callable[[], nn.Module], Callable[[], Any]]] = {
     "rowwise": (lambda: Mlp(False), rowwise),
     "rowwise with bias": (lambda: Mlp(True), rowwise),
-    "uneven shards": (lambda: Mlp(True, 9), rowwise),
     "DTensor result": (lambda: Residual(True), lambda: rowwise(use_local_output=False)),
     "full_tensor": (lambda: Whole(True), lambda: partial_result(use_local_output=False)),
 }
@@ -90,19 +89,19 @@ NEAR: dict[str, tuple[Callable[[], nn.Module], Callable[[], Any], str]] = {
 }
 
 
-def run(make: Callable[[], nn.Module], style: Callable[[], Any], train: bool, dynamic: bool | None) -> Outcome:
+def run(make: Callable[[], nn.Module], style: Callable[[], Any], train: bool, lengths: int) -> Outcome:
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.tensor.parallel import parallelize_module
 
     torch.manual_seed(0)  # one model, of which each rank takes its part
     mesh = init_device_mesh("cpu", (2,), mesh_dim_names=("tp",))
     model = parallelize_module(make(), mesh, styles(style()))
-    lengths = iter((4, 6) * 2 if dynamic else (4, 4))
+    each = iter((4, 6)[:lengths] * 2)
 
     def inputs() -> list[torch.Tensor]:
-        return [torch.randn(2, next(lengths), 6, generator=torch.Generator().manual_seed(1))]
+        return [torch.randn(2, next(each), 6, generator=torch.Generator().manual_seed(1))]
 
-    return compare(model, inputs, train, dynamic, calls=2 if dynamic else 1, model=model)
+    return compare(model, inputs, train, calls=lengths, model=model)
 
 
 def other_dimension(train: bool) -> Outcome:
@@ -123,10 +122,10 @@ def other_dimension(train: bool) -> Outcome:
 def every_form(rank: int, world: int) -> dict[Any, Outcome]:
     found = {}
     for name, (make, style) in FUSED.items():
-        for train, dynamic in ((False, None), (True, None), *(((True, True),) if name == "rowwise with bias" else ())):
-            found[name, train, dynamic] = run(make, style, train, dynamic)
+        for train, lengths in ((False, 1), (True, 1), *(((True, 2),) if name == "rowwise with bias" else ())):
+            found[name, train, lengths] = run(make, style, train, lengths)
     for name, (make, style, _) in NEAR.items():
-        found[name] = run(make, style, True, None)
+        found[name] = run(make, style, True, 1)
     found["other dimension"] = other_dimension(True)
     return found
 
@@ -136,19 +135,19 @@ def outcomes() -> list[dict[Any, Outcome]]:
     return ranks.run(2, every_form)
 
 
-@pytest.mark.parametrize(("train", "dynamic"), [(False, None), (True, None), (True, True)])
+@pytest.mark.parametrize(("train", "lengths"), [(False, 1), (True, 1), (True, 2)])
 @pytest.mark.parametrize("name", FUSED)
-def test_row_parallel_layers_are_fused(outcomes: Any, name: str, train: bool, dynamic: bool | None) -> None:
+def test_row_parallel_layers_are_fused(outcomes: Any, name: str, train: bool, lengths: int) -> None:
     for found in outcomes:
-        if (name, train, dynamic) not in found:
-            assert dynamic
+        if (name, train, lengths) not in found:
+            assert lengths == 2
             continue
-        outcome = found[name, train, dynamic]
+        outcome = found[name, train, lengths]
         assert not outcome.errors
-        assert [s[:2] for s in outcome.sites if s[0] == "mm_all_reduce"] == [("mm_all_reduce", "fused")], outcome.sites
+        assert [s[:2] for s in outcome.sites] == [("mm_all_reduce", "fused")] * lengths, outcome.sites
         assert max(outcome.differences) <= 1e-6, outcome.differences
         assert sum(outcome.before.values()) == sum(outcome.after.values()), (outcome.before, outcome.after)
-        assert outcome.after["mm_all_reduce"] == 1
+        assert outcome.after["mm_all_reduce"] == lengths
 
 
 @pytest.mark.parametrize("name", [*NEAR, "other dimension"])
