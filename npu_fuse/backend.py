@@ -1,4 +1,4 @@
-"""The way of a graph: capture → recognise → prove → lower → hand off. This file shows nothing else."""
+"""The way of a graph: capture → recognise → prove (and agree) → lower → hand off. This file shows nothing else."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch.fx import GraphModule
 
-from npu_fuse import dump, shadow, steps
+from npu_fuse import agree, dump, shadow, steps
 from npu_fuse.announce import announce
 from npu_fuse.capture import graphs_of
 from npu_fuse.handoff import hand_off, handoff_name
@@ -39,7 +39,7 @@ def backend(
     target = target_of(chosen)
     training = is_training(example_inputs)
     original = shadow.copy_of(gm, chosen)
-    report = plan(gm, example_inputs, chosen, training, target)
+    report = plan(gm, example_inputs, chosen, training, target, together=True)
     keep(report)
     try:
         announce(report, chosen)
@@ -51,9 +51,10 @@ def backend(
 
 
 def plan(
-    gm: GraphModule, example_inputs: Sequence[Any], options: Options, training: bool, target: Target | None = None
-) -> GraphReport:
-    """Recognise, prove and lower in place; hand nothing off."""
+    gm: GraphModule, example_inputs: Sequence[Any], options: Options, training: bool, target: Target | None = None, *,
+    together: bool = False,
+) -> GraphReport:  # fmt: skip
+    """Recognise, prove and lower in place; hand nothing off. `together`: all ranks compile, and must fuse alike."""
     target = target if target is not None else target_of(options)
     graph_id = next(_ids)
     dump.graph(options, graph_id, "0_captured", gm)
@@ -71,6 +72,8 @@ def plan(
                 found = steps.recognise(view, rules, options, training)
                 clock = _spent(seconds, "recognise", clock)
                 steps.prove(found, rules, options, target, disk_cache(options))
+                if together and any(rule.communicates for rule in rules):
+                    agree.settle(view, found, training, options, target)
                 clock = _spent(seconds, "prove", clock)
                 steps.put_in(module, view, found, target)
                 clock = _spent(seconds, "lower", clock)

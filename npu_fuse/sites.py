@@ -114,5 +114,7 @@ class Rule:
     """False where the fused op has no backward: the site is then left to the rules it composes."""
     first: bool = False
     """Rewritten before all others are looked for: they read what it leaves."""
+    communicates: bool = False
+    """Its sites talk to other ranks, which must fuse alike."""
     order: int = 20
     """Rules of a lower order come first; a composition needs what it composes before it."""

@@ -248,4 +248,4 @@ def limits(site: Site, form: Form, target: Target) -> Refusal | None:
     return None
 
 
-RULE = Rule(NAME, recognise, limits, order=30)
+RULE = Rule(NAME, recognise, limits, communicates=True, order=30)
