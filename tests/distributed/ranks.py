@@ -20,8 +20,10 @@ class RankFailed(AssertionError):
     """A rank raised, ended without a word, or did not end in time."""
 
 
-def run(world: int, work: Callable[..., Any], *args: Any, limit: float = LIMIT, timeout: float = 60.0) -> list[Any]:
-    """`work(rank, world, *args)` on every rank; its results by rank.
+def run(
+    world: int, work: Callable[..., Any], *args: Any, limit: float = LIMIT, timeout: float = 60.0, lost: int = 0
+) -> list[Any]:  # fmt: skip
+    """`work(rank, world, *args)` on every rank; its results by rank. The last `lost` ranks are not waited for.
 
     `timeout` is the process group's own, in seconds. Raises `RankFailed` with the traceback of the first rank
     that failed; ranks that are left are ended.
@@ -37,7 +39,7 @@ def run(world: int, work: Callable[..., Any], *args: Any, limit: float = LIMIT, 
         for process in started:
             process.start()
         try:
-            return _collect(world, started, results, time.monotonic() + limit)
+            return _collect(world - lost, started, results, time.monotonic() + limit)
         finally:
             for process in started:
                 process.join(5)
@@ -52,7 +54,7 @@ def _collect(world: int, started: list[Any], results: Any, deadline: float) -> l
         try:
             rank, failure, value = results.get(timeout=0.5)
         except queue.Empty:
-            ended = [r for r, p in enumerate(started) if r not in found and p.exitcode not in (None, 0)]
+            ended = [r for r, p in enumerate(started[:world]) if r not in found and p.exitcode not in (None, 0)]
             if ended:
                 raise RankFailed(f"rank {ended[0]} ended with {started[ended[0]].exitcode}") from None
             if time.monotonic() > deadline:

@@ -170,10 +170,10 @@ def killed(rank: int, world: int) -> Any:
     started = time.monotonic()
     with pytest.raises(RuntimeError) as failure:
         call(x, w, None)
-    # Told to the parent as a failure, since rank 1 says nothing any more.
-    raise RuntimeError(f"the group said {type(failure.value).__name__} after {time.monotonic() - started:.0f} s")
+    return statuses(), f"{type(failure.value).__module__} {failure.value}", time.monotonic() - started
 
 
 def test_a_rank_killed_in_mid_step_is_the_groups_own_error() -> None:
-    with pytest.raises(ranks.RankFailed, match=r"the group said \w+ after \d s|rank 1 ended with -9"):
-        ranks.run(2, killed, timeout=TIMEOUT, limit=90)
+    ((sites, error, seconds),) = ranks.run(2, killed, timeout=TIMEOUT, limit=120, lost=1)
+    assert [s for s, _ in sites] == ["fused"]
+    assert "gloo" in error and seconds < 1.5 * TIMEOUT
