@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import socket
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -23,7 +24,7 @@ from torch.fx import Node
 
 from npu_fuse import collectives, dtensors, functions
 from npu_fuse import dialect as d
-from npu_fuse.groups import Group, group_of, resolve
+from npu_fuse.groups import Group, claim, claimed, group_of, initialised, resolve
 from npu_fuse.options import Options
 from npu_fuse.report import Status
 from npu_fuse.steps import Candidate
@@ -43,7 +44,7 @@ ROWS = ".rows"
 
 def settle(view: View, candidates: Sequence[Candidate], training: bool, options: Options, target: Target) -> None:
     """Refuse what not every rank of the group can fuse. A rank that fuses nothing says so and waits for nobody."""
-    if not torch.distributed.is_available() or not torch.distributed.is_initialized():
+    if not initialised():
         return
     choices = (
         training,
@@ -55,13 +56,27 @@ def settle(view: View, candidates: Sequence[Candidate], training: bool, options:
     by_anchor = {c.site.anchor: c for c in candidates if c.site is not None and "group" in c.site.facts}
     for group, anchors in _collectives(view).items():
         own = "".join("1" if _possible(by_anchor.get(n)) else "0" for n in anchors)
-        agreed, why = _exchange(group, _key(anchors, choices), own)
+        agreed, why = _exchange(group, _key(anchors, choices), own, target.name == "npu")
         for anchor, mine, ours in zip(anchors, own, agreed, strict=True):
             candidate = by_anchor.get(anchor)
             if candidate is not None and mine == "1" and ours == "0":
                 candidate.refuse(Status.MISSED, f"{candidate.op}.ranks", why)
             elif mine == "0" and ours == "1":
                 logger.warning("npu_fuse: the other ranks fuse the collective at %s, this one cannot", _place(anchor))
+        if target.name == "npu":
+            _one_communicator(group, [by_anchor[n] for n in anchors if n in by_anchor])
+
+
+def _one_communicator(group: Group, candidates: Sequence[Candidate]) -> None:
+    """Ascend's kernels of one process share a communicator: the first group that is fused has it."""
+    chosen = [c for c in candidates if c.form is not None]
+    taken = claimed()
+    if chosen and (taken is None or taken.same(group)):
+        claim(group)
+    elif chosen:
+        for candidate in chosen:
+            why = f"the fused kernels of a process share one communicator, and {taken} have it; this group is {group}"
+            candidate.refuse(Status.REFUSED_BY_TARGET, f"{candidate.op}.communicator", why)
 
 
 def _possible(candidate: Candidate | None) -> bool:
@@ -112,7 +127,7 @@ def _place(node: Node) -> str:
     return f"{name}:{source.line}"
 
 
-def _exchange(group: Group, key: str, own: str) -> tuple[str, str]:
+def _exchange(group: Group, key: str, own: str, one_host: bool) -> tuple[str, str]:
     """What all ranks can fuse, and why what this one could is left."""
     process_group = resolve(group.name)
     if process_group is None:
@@ -120,18 +135,18 @@ def _exchange(group: Group, key: str, own: str) -> tuple[str, str]:
     if torch.distributed.get_backend(process_group) == "fake":
         return own, ""  # one process plays all ranks
     try:
-        return _through_store(process_group, group, f"npu_fuse/{key}", own)
+        return _through_store(process_group, group, f"npu_fuse/{key}", own, one_host)
     except Exception as fault:
         logger.debug("ranks could not be asked", exc_info=True)
         return "0" * len(own), f"the other ranks could not be asked: {type(fault).__name__}: {fault}"
 
 
-def _through_store(process_group: Any, group: Group, key: str, own: str) -> tuple[str, str]:
+def _through_store(process_group: Any, group: Group, key: str, own: str, one_host: bool) -> tuple[str, str]:
     store = torch.distributed.distributed_c10d._get_process_group_store(process_group)  # type: ignore[attr-defined, unused-ignore]
     verdict = f"{key}/settled"
     posts = [f"{key}/{rank}" for rank in range(group.size)]
     if not store.check([verdict]):
-        store.set(posts[process_group.rank()], own)
+        store.set(posts[process_group.rank()], f"{own} {socket.gethostname()}")
         agreed, why = own, ""
         if "1" in own:
             missing = _wait(store, posts, verdict, _patience(process_group), group)
@@ -139,8 +154,11 @@ def _through_store(process_group: Any, group: Group, key: str, own: str) -> tupl
                 agreed = "0" * len(own)
                 why = f"rank {', '.join(map(str, missing))} did not say in time whether it fuses this, too"
             elif not store.check([verdict]):
-                every = [store.get(post).decode() for post in posts]
+                said = [store.get(post).decode().split(" ") for post in posts]
+                every, hosts = [words[0] for words in said], {words[1] for words in said}
                 agreed = "".join("1" if set(digits) == {"1"} else "0" for digits in zip(*every, strict=True))
+                if one_host and len(hosts) > 1:
+                    agreed, why = "0" * len(own), f"the group spans {len(hosts)} hosts, the fused kernels work in one"
         settled = store.compare_set(verdict, "", f"{agreed} {why}").decode()
     else:
         settled = store.get(verdict).decode()

@@ -36,6 +36,11 @@ class Group:
         return f"ranks {', '.join(map(str, self.ranks))}"
 
 
+def initialised() -> bool:
+    """Whether there are process groups: without any, no graph talks to other ranks."""
+    return dist.is_available() and dist.is_initialized()
+
+
 def group_of(argument: Any) -> Group | str:
     """The group that a collective's argument names, or the reason why it is not known.
 
@@ -44,7 +49,7 @@ def group_of(argument: Any) -> Group | str:
     """
     if isinstance(argument, Node):
         return "the group is a value of the graph, which may be another one in the next call"
-    if not dist.is_available() or not dist.is_initialized():
+    if not initialised():
         return "no process group is initialised"
     if isinstance(argument, dist.ProcessGroup):
         return described(argument)
@@ -89,14 +94,46 @@ def communicator(name: str) -> str:
     group = resolve(name)
     if group is None:
         raise RuntimeError(f"the process group {name!r} is gone; compile again after init_process_group")
+    taken = claimed()
+    if taken is not None and taken.same(described(group)):
+        group = resolve(taken.name)  # another group of the same ranks: theirs serves
     if group not in _communicators:
         backend = group._get_backend(torch.device("npu"))
         _communicators[group] = str(backend.get_hccl_comm_name(dist.get_rank()))
     return _communicators[group]
 
 
-def has_communicator(name: str) -> bool:
+_claim: list[Group] = []
+"""The group whose communicator the fused kernels of this process use."""
+
+
+def claimed() -> Group | None:
+    """The first group for which a fused kernel was emitted, as long as that group lives."""
+    if _claim:
+        found = resolve(_claim[0].name)
+        if found is not None and described(found).same(_claim[0]):
+            return _claim[0]
+        _claim.clear()
+    return None
+
+
+def claim(group: Group) -> None:
+    """Use this group's communicator, and get its name: a collective act, alike and in one order on all ranks."""
+    if claimed() is None:
+        _claim.append(group)
+    communicator(group.name)
+
+
+def speaks_hccl(name: str) -> bool:
     group = resolve(name)
+    return group is not None and "hccl" in str(dist.get_backend_config(group))
+
+
+def has_communicator(name: str) -> bool:
+    """Whether the fused kernels can run at once: nothing has to be made, which a capture would forbid."""
+    group, taken = resolve(name), claimed()
+    if group is not None and taken is not None and taken.same(described(group)):
+        group = resolve(taken.name)
     return group is not None and group in _communicators
 
 

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from npu_fuse import collectives, dtensors, functions, groups, ops, pretend, reduced
+from npu_fuse import collectives, dtensors, functions, groups, mc2, ops, pretend, reduced
 from npu_fuse import dialect as d
 from npu_fuse.emit import Emitter
 from npu_fuse.report import Status
@@ -27,6 +27,7 @@ from npu_fuse.targets import Target
 from npu_fuse.view import View
 
 NAME = "mm_all_reduce"
+OP = "npu_mm_all_reduce_base"
 
 
 # --- the op: reference kernel, backward ------------------------------------------------------------
@@ -38,13 +39,16 @@ def _forward(
 ) -> torch.Tensor:  # fmt: skip
     """x1 [..., K], x2 [K, N], bias [N] of which each rank adds one of `bias_parts` → the sum over ranks [..., N]."""
     part = bias if bias is None or bias_parts == 1 else bias / bias_parts
-    if x1.device.type == "npu" and _pays(x1, min_rows, group):
-        hcom = groups.communicator(group)
-        call = torch.ops.npu.npu_mm_all_reduce_base.default
+    if _on_npu(x1) and pretend.size_of(group) is None and _pays(x1, min_rows, group):
         flat = x1 if x1.dim() in (2, 3) else x1.reshape(-1, x1.shape[-1])
-        made: torch.Tensor = call(flat, x2, hcom, reduce_op="sum", bias=part)
+        call = torch.ops.npu.npu_mm_all_reduce_base.default
+        made: torch.Tensor = call(flat, x2, groups.communicator(group), reduce_op="sum", bias=part)
         return made if x1.dim() in (2, 3) else made.view(*x1.shape[:-1], x2.shape[1])
     return _all_reduce(torch.nn.functional.linear(x1, x2.t(), part), group, gradient)
+
+
+def _on_npu(x1: torch.Tensor) -> bool:
+    return x1.device.type == "npu"
 
 
 def _pays(x1: torch.Tensor, min_rows: int, group: str) -> bool:
@@ -150,7 +154,7 @@ ops.define(SCHEMA, _npu_reference, fake=_npu_fake)
 
 def recognise(view: View) -> list[Site | Miss]:
     found: list[Site | Miss] = []
-    for node in view.nodes:
+    for node in view.nodes if groups.initialised() else ():
         if dtensors.is_reduction(node):
             distributed = dtensors.reduction_of(view, node)
             if isinstance(distributed, str):
@@ -241,11 +245,15 @@ def _value(view: View, reduction: collectives.Reduction, below: reduced.Reduced)
 
 
 def limits(site: Site, form: Form, target: Target) -> Refusal | None:
-    """npu_mm_all_reduce_base: chips, ranks, dtypes, shapes (torch_npu's document, aclnnMatmulAllReduceV2)."""
+    """npu_mm_all_reduce_base: chips, ranks, dtypes (torch_npu's document, aclnnMatmulAllReduceV2), and what pays."""
     if site.facts["overlapped"]:
         reason = "the code works between the collective and its wait: fused, that work would wait"
         return Refusal(Status.REFUSED_BY_PROFIT, f"{NAME}.overlapped", reason)
-    return None
+    if target.name == "npu":
+        refused = mc2.refusal(NAME, OP, site, target, ("A2",), (2, 4, 8))
+        if refused is not None:
+            return refused
+    return mc2.too_few_rows(NAME, site, target)
 
 
 RULE = Rule(NAME, recognise, limits, communicates=True, order=30)

@@ -311,7 +311,7 @@ def used_before(x, w, b, r):
     return y + z
 
 
-@near("of one tensor|shares memory")
+@near("read before it is reduced")
 def view_taken_before(x, w, b, r):
     y = linear(x, w)
     rows = y.view(-1, 8)
