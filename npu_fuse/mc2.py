@@ -8,17 +8,32 @@ of aclnnMatmulAllReduce(V2), aclnnMatmulReduceScatter, aclnnAllGatherMatmul.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
 from npu_fuse import dialect as d
-from npu_fuse import groups
+from npu_fuse import groups, pretend
 from npu_fuse.report import Status
 from npu_fuse.sites import Refusal, Site
 from npu_fuse.targets import Target
 from npu_fuse.view import static
 
 DTYPES = (torch.float16, torch.bfloat16)
+
+
+def _on_npu(value: torch.Tensor) -> bool:
+    return value.device.type == "npu"
+
+
+def runs_fused(x1: torch.Tensor, min_rows: int, group: str) -> bool:
+    """Asked in the call, where a length is known: enough rows on an NPU, and no capture in which the communicator
+    would have to be made first (making it copies to the host, which a capture forbids)."""
+    if not _on_npu(x1) or pretend.size_of(group) is not None:
+        return False
+    rows = x1.numel() // max(1, x1.shape[-1])
+    npu: Any = torch.npu  # type: ignore[attr-defined]
+    return rows >= min_rows and (groups.has_communicator(group) or not npu.is_current_stream_capturing())
 
 
 def refusal(

@@ -9,7 +9,6 @@ pretended group cannot show, that the ranks do what this file says, is shown by 
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -51,6 +50,3 @@ def all_reduce(value: torch.Tensor, size: int, gradient: str) -> torch.Tensor:
     """gradient: "all_reduce" where the graph's backward reduces again, "identity" where it does not."""
     result: torch.Tensor = _AllReduce.apply(value, size, gradient)  # type: ignore[no-untyped-call]
     return result
-
-
-StandIn = Callable[..., Any]

@@ -184,3 +184,10 @@ def _tensordot(node: Node) -> Product | str:
     if right == list(range(_rank(w) - n, _rank(w))):
         return _checked(node, x, w, True, None, n, _rank(w) - n)
     return "tensordot sums over dimensions in the middle of the weight"
+
+
+def weight_gradient(x1: torch.Tensor, dy: torch.Tensor, x2: torch.Tensor) -> torch.Tensor:
+    """x1ᵀ · dy over all rows: x1 [..., K], dy [..., N] → [K, N], in the layout of x2 or of what it is a view of."""
+    rows, gradients = x1.reshape(-1, x1.shape[-1]), dy.reshape(-1, dy.shape[-1])
+    transposed = x2.stride(0) == 1 and x2.stride(1) != 1
+    return (gradients.t() @ rows).t() if transposed else rows.t() @ gradients

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from npu_fuse import collectives, dtensors, functions, groups, mc2, ops, pretend, reduced
+from npu_fuse import collectives, communicate, dtensors, functions, groups, mc2, ops, products, reduced
 from npu_fuse import dialect as d
 from npu_fuse.emit import Emitter
 from npu_fuse.report import Status
@@ -39,49 +39,12 @@ def _forward(
 ) -> torch.Tensor:  # fmt: skip
     """x1 [..., K], x2 [K, N], bias [N] of which each rank adds one of `bias_parts` → the sum over ranks [..., N]."""
     part = bias if bias is None or bias_parts == 1 else bias / bias_parts
-    if _on_npu(x1) and pretend.size_of(group) is None and _pays(x1, min_rows, group):
+    if mc2.runs_fused(x1, min_rows, group):
         flat = x1 if x1.dim() in (2, 3) else x1.reshape(-1, x1.shape[-1])
         call = torch.ops.npu.npu_mm_all_reduce_base.default
         made: torch.Tensor = call(flat, x2, groups.communicator(group), reduce_op="sum", bias=part)
         return made if x1.dim() in (2, 3) else made.view(*x1.shape[:-1], x2.shape[1])
-    return _all_reduce(torch.nn.functional.linear(x1, x2.t(), part), group, gradient)
-
-
-def _on_npu(x1: torch.Tensor) -> bool:
-    return x1.device.type == "npu"
-
-
-def _pays(x1: torch.Tensor, min_rows: int, group: str) -> bool:
-    """Enough rows, and no capture in which the communicator would have to be made first (it copies to the host)."""
-    rows = x1.numel() // max(1, x1.shape[-1])
-    npu: Any = torch.npu  # type: ignore[attr-defined]
-    return rows >= min_rows and (groups.has_communicator(group) or not npu.is_current_stream_capturing())
-
-
-def _all_reduce(value: torch.Tensor, group: str, gradient: str) -> torch.Tensor:
-    size = pretend.size_of(group)
-    if size is not None:
-        return pretend.all_reduce(value, size, gradient)
-    result: torch.Tensor = _Sum.apply(value, group) if gradient == "identity" else _sum(value, group)  # type: ignore[no-untyped-call]
-    return result
-
-
-def _sum(value: torch.Tensor, group: str) -> torch.Tensor:
-    library = torch.ops._c10d_functional
-    result: torch.Tensor = library.wait_tensor.default(library.all_reduce.default(value, "sum", group))
-    return result
-
-
-class _Sum(torch.autograd.Function):
-    """A second derivative goes through the body: there the gradient is taken as it is, too."""
-
-    @staticmethod
-    def forward(ctx: Any, value: torch.Tensor, group: str) -> torch.Tensor:
-        return _sum(value, group)
-
-    @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> Any:  # type: ignore[override, unused-ignore]
-        return grad, None
+    return communicate.all_reduce(torch.nn.functional.linear(x1, x2.t(), part), group, gradient)
 
 
 def _fake(x1: torch.Tensor, x2: torch.Tensor, *rest: Any) -> torch.Tensor:
@@ -98,18 +61,14 @@ def _backward(ctx: Any, dy: torch.Tensor) -> Any:
     """dx1 = dy · x2ᵀ, dx2 = x1ᵀ · dy, with dy reduced over ranks first where the graph's own backward does so."""
     x1, x2 = ctx.saved_tensors
     if ctx.gradient == "all_reduce":
-        dy = _all_reduce(dy, ctx.group, ctx.gradient)
+        dy = communicate.all_reduce(dy, ctx.group, ctx.gradient)
     dx1 = dx2 = dbias = None
-    rows = dy.reshape(-1, dy.shape[-1])
     if ctx.needs_input_grad[0]:
         dx1 = torch.matmul(dy, x2.t())
     if ctx.needs_input_grad[1]:
-        flat = x1.reshape(-1, x1.shape[-1])
-        # A transposed view's gradient is made in the layout of what it is a view of.
-        transposed = x2.stride(0) == 1 and x2.stride(1) != 1
-        dx2 = (rows.t() @ flat).t() if transposed else flat.t() @ rows
+        dx2 = products.weight_gradient(x1, dy, x2)
     if ctx.has_bias and ctx.needs_input_grad[2]:
-        dbias = rows.sum(0)
+        dbias = dy.reshape(-1, dy.shape[-1]).sum(0)
     return dx1, dx2, dbias, None, None, None, None
 
 
@@ -131,7 +90,7 @@ def _npu_reference(
             f"npu_mm_all_reduce_base with {given or reduce_op} has no reference; use reduce_op='sum'"
         )
     value = torch.nn.functional.linear(x1, x2.t(), bias)
-    return _all_reduce(value if x3 is None else value + x3, hcom, "identity")
+    return communicate.all_reduce(value if x3 is None else value + x3, hcom, "identity")
 
 
 def _npu_fake(x1: torch.Tensor, x2: torch.Tensor, hcom: str, **rest: Any) -> torch.Tensor:

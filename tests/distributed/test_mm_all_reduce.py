@@ -17,8 +17,8 @@ pytestmark = pytest.mark.distributed
 MODES = {"inference": (torch.float32, False), "bf16 training": (torch.bfloat16, True)}
 DYNAMIC = ("functional", "in_place", "mm", "bmm", "einsum_of_heads")
 AUTOCAST = ("in_place", "bias_inside")
-NO_GRADIENT = ("maximum", "product")
-"""torch has no gradient for these reductions."""
+NO_GRADIENT = ("maximum", "product", "operand_written")
+"""torch has no gradient for these: of such reductions, of a product whose operand is overwritten."""
 CLOSE = {torch.float32: 2e-6, torch.bfloat16: 2e-2}
 """A bias that was added to a rounded product is added before the rounding; all else is equal to the last bit."""
 

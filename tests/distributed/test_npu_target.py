@@ -40,11 +40,11 @@ def over(group: Any) -> Any:
 
 def on_the_chip(rank: int, world: int) -> dict[str, Any]:
     import npu_fuse
-    import npu_fuse.passes.mm_all_reduce as rule
+    from npu_fuse import groups, mc2
 
     calls = npu_stub.install("Ascend910B3")
-    rule._on_npu = lambda x: True  # type: ignore[assignment]
-    rule.groups.speaks_hccl = lambda name: True  # type: ignore[assignment]
+    mc2._on_npu = lambda x: True  # type: ignore[assignment]
+    groups.speaks_hccl = lambda name: True  # type: ignore[assignment]
     found: dict[str, Any] = {}
 
     def run(name: str, function: Any, rows: Any, dtype: Any = torch.bfloat16, train: bool = False, **how: Any) -> None:
@@ -81,10 +81,10 @@ def on_the_chip(rank: int, world: int) -> dict[str, Any]:
     calls.capturing = False
     found["names"] = list(calls.names)
     alone = dist.new_group([0, 1, 2] if world > 2 else [0, 1])
-    rule.groups._claim[:] = [rule.groups.Group((0, 5), "0")]
-    rule.groups.claimed = lambda: rule.groups._claim[0]
+    groups._claim[:] = [groups.Group((0, 5), "0")]
+    groups.claimed = lambda: groups._claim[0]
     run("second communicator", over(alone), [3])
-    rule.groups.claimed = lambda: None
+    groups.claimed = lambda: None
     socket.gethostname = lambda: f"host{rank}"  # type: ignore[assignment]
     run("two hosts", elsewhere, [3])
     return found
