@@ -1,4 +1,4 @@
-"""The way of a graph: capture → recognise → prove → lower → hand off. This file shows nothing else."""
+"""The way of a graph: capture → recognise → prove (and agree) → lower → hand off. This file shows nothing else."""
 
 from __future__ import annotations
 
@@ -10,8 +10,9 @@ from typing import Any
 
 import torch
 from torch.fx import GraphModule
+from torch.utils._python_dispatch import _disable_current_modes
 
-from npu_fuse import dump, shadow, steps
+from npu_fuse import agree, dump, shadow, steps
 from npu_fuse.announce import announce
 from npu_fuse.aten import Decompositions
 from npu_fuse.capture import graphs_of
@@ -41,7 +42,7 @@ def backend(
     target = target_of(chosen)
     training = is_training(example_inputs)
     original = shadow.copy_of(gm, chosen)
-    report = plan(gm, example_inputs, chosen, training, target)
+    report = plan(gm, example_inputs, chosen, training, target, together=True)
     keep(report)
     try:
         announce(report, chosen)
@@ -52,13 +53,15 @@ def backend(
     return shadow.beside(compiled, original, chosen)
 
 
+@_disable_current_modes()  # a compiler's fake mode: element ids are real values
 def plan(
-    gm: GraphModule, example_inputs: Sequence[Any], options: Options, training: bool, target: Target | None = None,
-    aten: Decompositions | None = None,
+    gm: GraphModule, example_inputs: Sequence[Any], options: Options, training: bool, target: Target | None = None, *,
+    aten: Decompositions | None = None, together: bool = False,
 ) -> GraphReport:  # fmt: skip
     """Recognise, prove and lower in place; hand nothing off.
 
     aten: `gm` is a functionalised graph of overloads, and whoever compiles it decomposes these.
+    together: all ranks compile, and must fuse alike.
     """
     target = target if target is not None else target_of(options)
     graph_id = next(_ids)
@@ -67,25 +70,26 @@ def plan(
     sites: list[SiteReport] = []
     errors: list[str] = []
     seconds = dict.fromkeys(("recognise", "prove", "lower"), 0.0)
-    with torch.utils._python_dispatch._disable_current_modes():  # a compiler's fake mode: element ids are real values
-        for module in graphs_of(gm):
-            clock = time.perf_counter()
-            try:
-                nodes += len(module.graph.nodes)
-                view = None
-                for rules in steps.turns(RULES):
-                    view = view if view is not None else view_of(module.graph)
-                    found = steps.recognise(view, rules, options, training)
-                    clock = _spent(seconds, "recognise", clock)
-                    steps.prove(found, rules, options, target, disk_cache(options))
-                    clock = _spent(seconds, "prove", clock)
-                    steps.put_in(module, view, found, target, aten)
-                    clock = _spent(seconds, "lower", clock)
-                    sites += steps.site_reports(found)
-                    view = None if found else view
-            except Exception as fault:
-                logger.debug("npu_fuse left a graph alone", exc_info=True)
-                errors.append(f"{type(fault).__name__}: {fault}")
+    for module in graphs_of(gm):
+        clock = time.perf_counter()
+        try:
+            nodes += len(module.graph.nodes)
+            view = None
+            for rules in steps.turns(RULES):
+                view = view if view is not None else view_of(module.graph)
+                found = steps.recognise(view, rules, options, training)
+                clock = _spent(seconds, "recognise", clock)
+                steps.prove(found, rules, options, target, disk_cache(options))
+                if together and any(rule.communicates for rule in rules):
+                    agree.settle(view, found, training, options, target)
+                clock = _spent(seconds, "prove", clock)
+                steps.put_in(module, view, found, target, aten)
+                clock = _spent(seconds, "lower", clock)
+                sites += steps.site_reports(found)
+                view = None if found else view
+        except Exception as fault:
+            logger.debug("npu_fuse left a graph alone", exc_info=True)
+            errors.append(f"{type(fault).__name__}: {fault}")
     dump.candidates(options, graph_id, sites)
     dump.graph(options, graph_id, "2_lowered", gm)
     handoff = choose(options, target, training)

@@ -86,11 +86,8 @@ def _kept(node: Node) -> list[Any]:
 def _tensors(value: Any) -> list[Any]:
     import torch
 
-    if isinstance(value, torch.Tensor):
-        return [value]
-    if isinstance(value, (tuple, list)):
-        return [v for v in value if isinstance(v, torch.Tensor)]
-    return []
+    values = value if isinstance(value, (tuple, list)) else (value,)
+    return [getattr(v, "_local_tensor", v) for v in values if isinstance(v, torch.Tensor)]
 
 
 def _bytes(value: Any) -> int:

@@ -131,6 +131,12 @@ def tensor(arg: Any) -> torch.Tensor | None:
     return arg if isinstance(arg, torch.Tensor) else None
 
 
+def local(arg: Any) -> torch.Tensor | None:
+    """What a rank holds: of a DTensor its shard, of other tensors all."""
+    found = tensor(arg)
+    return getattr(found, "_local_tensor", found)
+
+
 def is_float_cast(node: Node) -> bool:
     """A change of floating dtype (or none) and of nothing else: same device, same shape."""
     source = node.args[0] if node.args else node.kwargs.get("input")

@@ -14,7 +14,9 @@ from torch.fx import Graph, Node
 from torch.utils.checkpoint import CheckpointPolicy
 
 from npu_fuse import dialect as d
-from npu_fuse import ops
+from npu_fuse import ops, pretend
+from npu_fuse.groups import Group
+from npu_fuse.replay import Sizes, resized
 from npu_fuse.targets import REFERENCE, Target
 
 if TYPE_CHECKING:
@@ -41,6 +43,18 @@ class Emitter(Protocol):
     def again(self, node: Node, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
         """A node of the site once more, on other operands. It writes into none of them."""
 
+    def moved(self, node: Node, value: Any) -> Any:
+        """A movement node of the site once more, on another value of its operand's shape."""
+
+    def local(self, value: Any) -> Any:
+        """A rank's own part of a DTensor; other tensors as they are."""
+
+    def replicated(self, value: Any, like: Any) -> Any:
+        """A DTensor on the mesh of `like`, alike on all ranks."""
+
+    def group(self, group: Group) -> str:
+        """A process group as the ops of collectives take it: by name, in a proof a pretended one."""
+
     def shared(self, key: Hashable, values: Sequence[Any], build: Callable[..., Any]) -> Any:
         """`build(*values)`, once per graph for the same key and values (tables), but for values that are written."""
 
@@ -51,9 +65,10 @@ class Emitter(Protocol):
 class RunEmitter:
     """Runs a form on tensors with the reference ops. `lifted` computes everything in float64."""
 
-    def __init__(self, lifted: bool = False, target: Target = REFERENCE) -> None:
+    def __init__(self, lifted: bool = False, target: Target = REFERENCE, sizes: Sizes | None = None) -> None:
         self.lifted = lifted
         self.target = target
+        self.sizes = sizes
 
     def call(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         return function(*args, **kwargs)
@@ -75,6 +90,21 @@ class RunEmitter:
         if recorded is not None and recorded.is_floating_point() and not self.lifted:
             return result.to(recorded.dtype)  # what autocast made of it
         return result
+
+    def moved(self, node: Node, value: Any) -> Any:
+        source = node.args[0]
+        assert isinstance(source, Node)
+        args, kwargs = resized(node, {source: value}, self.sizes or Sizes())
+        return d.function_of(node)(*args, **kwargs)
+
+    def local(self, value: Any) -> Any:
+        return value
+
+    def replicated(self, value: Any, like: Any) -> Any:
+        return value
+
+    def group(self, group: Group) -> str:
+        return pretend.name(group.size)
 
     def shared(self, key: Hashable, values: Sequence[Any], build: Callable[..., Any]) -> Any:
         return build(*values)
@@ -174,6 +204,22 @@ class GraphEmitter:
             return self.cast(args[0], recorded.dtype)
         return self.call(_without_writing(node), *args, **{k: v for k, v in kwargs.items() if k != "inplace"})
 
+    def moved(self, node: Node, value: Any) -> Any:
+        return self.call(d.function_of(node), value, *node.args[1:], **node.kwargs)
+
+    def local(self, value: Any) -> Any:
+        found = d.tensor(value)
+        kind: Any = type(found)
+        return self.call(kind.to_local, value) if hasattr(found, "_local_tensor") else value
+
+    def replicated(self, value: Any, like: Any) -> Any:
+        from npu_fuse.dtensors import wrap_like
+
+        return self.call(wrap_like, value, like)
+
+    def group(self, group: Group) -> str:
+        return group.name
+
     def shared(self, key: Hashable, values: Sequence[Any], build: Callable[..., Any]) -> Any:
         if any(v in self.written for v in values if isinstance(v, Node)):
             return build(*values)
@@ -245,7 +291,7 @@ def _kind(value: Any) -> Hashable:
     if isinstance(value, torch.Tensor):
         sizes = (*value.shape, *value.stride())
         known = tuple([s if s.__class__ is int else _kind(s) for s in sizes])
-        return (value.__class__, value.dtype, value.device, known)
+        return (value.__class__, value.dtype, value.device, known, getattr(value, "placements", None))
     if isinstance(value, (torch.SymInt, torch.SymFloat, torch.SymBool)):
         return ("symbol", value.node.expr)
     if isinstance(value, (tuple, list)):

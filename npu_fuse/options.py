@@ -102,6 +102,9 @@ class Options:
     """Whether gate and up from two projections may be concatenated for the fused gated MLP, at the price of
     reading and writing both halves once more (the report has the bytes). "target" leaves it to the target:
     npu concatenates by default, since its op takes one tensor only. Weights are never merged."""
+    mc2_min_rows: int | None = None
+    """Products of fewer rows (tokens) than this are not fused with the communication behind them: the fused
+    kernels are slower for decode-sized inputs. None: 512 with target npu, none with target reference."""
     frozen_weights: bool = False
     """The user's word that weights never change after compiling, so that copies of them may be kept."""
     proof_cache: str | None = None
@@ -126,6 +129,8 @@ class Options:
         check("shadow_calls", type(calls) is int and calls > 0, calls, "a whole number above 0")
         check("soc", soc is None or (isinstance(soc, str) and soc), soc, "None or the name of a chip")
         check("glu_concat", concat == "target" or isinstance(concat, bool), concat, "'target', True or False")
+        rows = self.mc2_min_rows
+        check("mc2_min_rows", rows is None or (type(rows) is int and rows >= 0), rows, "None or a whole number")
         check_handoff(self.handoff)
         keyed = isinstance(given, Mapping) and all(isinstance(key, str) for key in given)
         check("handoff_options", keyed, given, "a dict whose keys are strings")

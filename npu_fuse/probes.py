@@ -43,7 +43,7 @@ PROBES = (
 
 def make_inputs(site: Site, probe: Probe, index: int, sizes: Sizes, generator: torch.Generator) -> dict[Node, Any]:
     made: dict[Node, Any] = {}
-    shapes = {n: sizes.shape(t.shape) for n in site.inputs if (t := d.tensor(n)) is not None}
+    shapes = {n: sizes.shape(t.shape) for n in site.inputs if (t := d.local(n)) is not None}
     largest = max((torch.Size(s).numel() for s in shapes.values()), default=0)
     for node in sorted(site.inputs, key=lambda n: n in site.probes):  # these look at the others
         found = d.tensor(node)

@@ -55,6 +55,10 @@ def structure_key(site: Site, form: Form, numerics: str) -> str:
     names |= {twin: names[node] for twin, node in site.twins}
     for node in site.nodes:
         names[node] = len(parts)
+        other = site.stand_ins.get(node)
+        if other is not None:
+            parts.append((str(other.key), _encode(other.operands, names), _described(node)))
+            continue
         args, kwargs = (node.args, node.kwargs) if d.name(node) != "cast" else (node.args[:1], {})
         given = _encode(kwargs, names) if kwargs else ()
         parts.append((_target(node), _encode(args, names), given, _described(node)))
@@ -75,7 +79,7 @@ def _target(node: Node) -> str:
 
 
 def _described(node: Node) -> Hashable:
-    found = d.tensor(node)
+    found = d.local(node)
     if found is None:
         return type(d.value(node)).__name__
     shape: tuple[Any, ...] = tuple(found.shape)
@@ -83,7 +87,8 @@ def _described(node: Node) -> Hashable:
         if size.__class__ is not int:
             shape = tuple([s if s.__class__ is int else str(s) for s in shape])
             break
-    return (found.dtype, shape, found.requires_grad)
+    whole = d.tensor(node)
+    return (found.dtype, shape, whole is not None and whole.requires_grad)
 
 
 def _encode(arg: Any, names: dict[Node, int]) -> Hashable:

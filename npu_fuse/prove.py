@@ -21,12 +21,14 @@ from typing import Any
 
 import torch
 from torch.fx import Node
+from torch.utils._pytree import tree_map_only
 
 from npu_fuse import dialect as d
 from npu_fuse.emit import RunEmitter
 from npu_fuse.epsilon import default_epsilon
 from npu_fuse.experts import grouped_mm_in_float64
 from npu_fuse.probes import PROBES, SEED, Probe, make_inputs
+from npu_fuse.products import NAMES
 from npu_fuse.replay import ATTEMPTS, CannotShrink, Sizes, choose_sizes, replay
 from npu_fuse.report import ProofFacts
 from npu_fuse.sites import Form, Site
@@ -178,7 +180,7 @@ def _sizes(site: Site, probe: Probe) -> Sizes:
         if site.ranges:
             sizes = replace(sizes, ranges={n: sizes.of(a) * sizes.of(b) for n, (a, b) in site.ranges.items()})
         for node in tensors:
-            elements = torch.Size(sizes.shape(d.tensor(node).shape)).numel()  # type: ignore[union-attr]
+            elements = torch.Size(sizes.shape(d.local(node).shape)).numel()  # type: ignore[union-attr]
             if elements > MAX_ELEMENTS:
                 raise CannotShrink(f"a probe of {elements} elements is over the limit of {MAX_ELEMENTS}") from problem
         try:
@@ -193,11 +195,11 @@ def _dry_run(site: Site, sizes: Sizes) -> None:
     """On zeros: do the rewritten literals fit together?"""
     env = {}
     for node in site.inputs:
-        found = d.tensor(node)
+        found = d.local(node)
         env[node] = torch.zeros(sizes.shape(found.shape), dtype=found.dtype) if found is not None else 1.0
     env |= {twin: env[node] for twin, node in site.twins}
     with torch.no_grad():
-        replay(site.nodes, env, sizes, _apply_own)
+        replay(site.nodes, env, sizes, _apply_own, site.stand_ins)
 
 
 def _lift(value: Any) -> Any:
@@ -233,10 +235,11 @@ def _run(site: Site, form: Form, inputs: Mapping[Node, Any], sizes: Sizes, how: 
         copies = any(d.mutates(n) for n in site.nodes)
         env = {n: v.clone() if copies and isinstance(v, torch.Tensor) else v for n, v in leaves.items()}
         env |= {twin: env[node] for twin, node in site.twins}
-        env = replay(site.nodes, env, sizes, _lifted_apply(copies) if how == "original" else _apply_own)
+        apply = _lifted_apply(copies) if how == "original" else _apply_own
+        env = replay(site.nodes, env, sizes, apply, site.stand_ins)
         outputs = [env[n] for n in (site.output, *site.extra_outputs)]
     else:
-        result = form.emit(RunEmitter(how == "fused", target), leaves)
+        result = form.emit(RunEmitter(how == "fused", target, sizes), leaves)
         outputs = list(result) if site.extra_outputs else [result]
     if not gradients:
         return outputs, []
@@ -291,7 +294,7 @@ def _frozen_epsilon(
 
 
 def _apply_own(node: Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """In the graph's dtypes. Autocast is explicit: what it made wider was computed wider."""
+    """In the graph's dtypes. Autocast is explicit: what it made wider was computed wider, and products narrower."""
     recorded = d.tensor(node)
     if d.name(node) == "cast" and recorded is not None:
         return args[0].to(recorded.dtype)
@@ -301,6 +304,8 @@ def _apply_own(node: Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any
     if d.name(node) in d.POINTWISE | d.REDUCTIONS and recorded.dtype.is_floating_point and "dtype" not in kwargs:
         if dtypes and all(t.is_floating_point and t.itemsize < recorded.dtype.itemsize for t in dtypes):
             args = tuple(a.to(recorded.dtype) if isinstance(a, torch.Tensor) else a for a in args)
+    if d.name(node) in NAMES and any(t.is_floating_point and t.itemsize > recorded.dtype.itemsize for t in dtypes):
+        args, kwargs = tree_map_only(torch.Tensor, lambda a: a.to(recorded.dtype), (args, kwargs))
     result = _on_cpu(node, args)(*args, **kwargs)
     if isinstance(result, torch.Tensor) and result.dtype != recorded.dtype and not d.mutates(node):
         result = result.to(recorded.dtype)

@@ -19,6 +19,7 @@ from torch.fx import Node
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from npu_fuse import dialect as d
+from npu_fuse.sites import StandIn
 
 SMALL = 4
 """Sizes up to this stay: the three position streams of mrope, two halves, four experts."""
@@ -71,7 +72,7 @@ def choose_sizes(
     differ and whose sizes a guard holds equal ([s0 · s1, D] and [s2 · s3, D]).
     """
     literal: dict[int, int] = {}
-    shapes = [found.shape for n in inputs if (found := d.tensor(n)) is not None]
+    shapes = [found.shape for n in inputs if (found := d.local(n)) is not None]
     symbols = _feature_symbols(shapes, kept, pool)
     fresh = iter(pool)
     for shape in shapes:
@@ -104,9 +105,18 @@ def _feature_symbols(shapes: Sequence[Any], kept: int, pool: Sequence[int]) -> d
 Apply = Callable[[Node, tuple[Any, ...], dict[str, Any]], Any]
 
 
-def replay(nodes: Sequence[Node], env: dict[Node, Any], sizes: Sizes, apply: Apply) -> dict[Node, Any]:
-    """Compute `nodes` in order from the values in `env`, by `apply(node, args, kwargs)`."""
+NONE: Mapping[Node, StandIn] = {}
+
+
+def replay(
+    nodes: Sequence[Node], env: dict[Node, Any], sizes: Sizes, apply: Apply, stand_ins: Mapping[Node, StandIn] = NONE
+) -> dict[Node, Any]:
+    """Compute `nodes` in order from the values in `env`, by `apply(node, args, kwargs)` or by their stand-ins."""
     for node in nodes:
+        other = stand_ins.get(node)
+        if other is not None:
+            env[node] = other.run(*[env[n] for n in other.operands])
+            continue
         args, kwargs = resized(node, env, sizes)
         env[node] = apply(node, args, kwargs)
     return env

@@ -6,7 +6,7 @@ in which forms the fused computation may be written; the proof picks the first f
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +24,16 @@ Emit = Callable[["Emitter", Mapping[Node, Any]], Any]
 """Writes the fused computation: called with proxies of the site's inputs, returns the output's."""
 MakeInput = Callable[[Mapping[Node, Any], tuple[int, ...], int, "Generator"], "Tensor"]
 """Values of an input for one probe: from the inputs before it, its shape, the probe's index, a generator."""
+
+
+@dataclass(frozen=True)
+class StandIn:
+    """How a proof computes a node that it cannot run (a collective): `run` on the values of `operands`."""
+
+    operands: tuple[Node, ...]
+    run: Callable[..., Any]
+    key: Hashable
+    """What the node does, in the proof's key in place of its target and arguments."""
 
 
 @dataclass(frozen=True)
@@ -68,6 +78,8 @@ class Site:
     """Literal sizes that shrink together: a gated projection stays twice as wide as what follows it."""
     ranges: Mapping[int, tuple[Any, Any]] = field(default_factory=dict)
     """Literal lengths of ranges, each as the product of two sizes of inputs."""
+    stand_ins: Mapping[Node, StandIn] = field(default_factory=dict)
+    """Nodes that the proof computes in another way: what talks to other ranks."""
     facts: Mapping[str, Any] = field(default_factory=dict)
     """What targets ask: dtype, gamma, operands that have to be concatenated…"""
 
@@ -102,5 +114,7 @@ class Rule:
     """False where the fused op has no backward: the site is then left to the rules it composes."""
     first: bool = False
     """Rewritten before all others are looked for: they read what it leaves."""
+    communicates: bool = False
+    """Its sites talk to other ranks, which must fuse alike."""
     order: int = 20
     """Rules of a lower order come first; a composition needs what it composes before it."""

@@ -24,7 +24,7 @@ def _values(view: View, site: Site) -> tuple[str, str] | None:
         found = d.tensor(node)
         if found is None:
             continue
-        if type(found) not in PLAIN:
+        if type(found) not in PLAIN and not site.facts.get("dtensors"):
             return "tensor.subclass", f"{node.name} is a {type(found).__name__}"
         if found.layout != torch.strided or found.is_quantized or found.is_nested:
             return "tensor.layout", f"{node.name} is no dense tensor ({found.layout})"

@@ -135,6 +135,10 @@ def _find_mutations(view: View) -> None:
             continue
     for i, node in enumerate(view.nodes):
         if not d.mutates(node):
+            if mutated and d.raw_name(node) == "autograd_function_apply":  # its body writes into its arguments
+                written = {view.storage.get(n, -1) for n in node.all_input_nodes} & mutated
+                for key in written:
+                    view.mutations.setdefault(key, []).append(i)
             continue
         targets: list[Any] = [node.kwargs["out"]] if node.kwargs.get("out") is not None else []
         if isinstance(node.target, torch._ops.OpOverload):

@@ -55,6 +55,7 @@ def hand_off(gm, example_inputs):
         ({"handoff": "inductor", "mode": "max-autotune"}, "mode", "max-autotune"),
         ({"mode": "default"}, "mode", None),
         ({"glu_concat": False}, "glu_concat", False),
+        ({"mc2_min_rows": 64}, "mc2_min_rows", 64),
         ({"prove": "shadow", "shadow_calls": 2}, "shadow_calls", 2),
         ({"target": "npu", "soc": "Ascend910B3"}, "soc", "Ascend910B3"),
         ({"dump": Path("graphs")}, "dump", os.path.abspath("graphs")),
@@ -124,6 +125,7 @@ REFUSED = [
     ({"strict": "yes"}, "strict", ["'yes' (str)", "True or False"]),
     ({"strict": 1}, "strict", ["1 (int)", "True or False"]),
     ({"frozen_weights": None}, "frozen_weights", ["True or False"]),
+    ({"mc2_min_rows": -1}, "mc2_min_rows", ["None or a whole number"]),
     ({"glu_concat": "npu"}, "glu_concat", ["'target', True or False"]),
     ({"prove": "shadow", "shadow_calls": 0}, "shadow_calls", ["0 (int)", "above 0"]),
     ({"prove": "shadow", "shadow_calls": True}, "shadow_calls", ["True (bool)"]),
@@ -273,6 +275,7 @@ CHANGES = [
     {"numerics": "exact"},
     {"prove": "shadow"},
     {"glu_concat": True},
+    {"mc2_min_rows": 64},
     {"frozen_weights": True},
     {"mode": "max-autotune"},
 ]

@@ -91,7 +91,7 @@ class FusePass:
         module = graph if isinstance(graph, GraphModule) else graph.owning_module
         assert module is not None
         expanded = target.name == "reference" and _inside_inductor()
-        report = plan(module, (), options, False, target, inductor_decompositions() if expanded else {})
+        report = plan(module, (), options, False, target, aten=inductor_decompositions() if expanded else {})
         report = replace(report, handoff="vllm", dynamic=_is_dynamic(module.graph))
         keep(report)
         announce(report, options)

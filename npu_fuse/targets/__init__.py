@@ -10,6 +10,14 @@ import torch
 
 from npu_fuse.options import Options, npu_is_loaded, resolve_target
 
+GENERATIONS = (("910B", "A2"), ("910_93", "A3"), ("910C", "A3"), ("910_95", "A5"), ("950", "A5"),
+               ("310P", "310P"), ("910", "A1"))  # fmt: skip
+"""Starts of the names that torch_npu gives chips, the longest first."""
+MC2_MIN_ROWS = 512
+"""Rows below which vllm-ascend leaves matmul and all-reduce apart: the fused kernel's tiles are as tall
+(its pass for matmul + all-reduce + RMSNorm). Ascend's document of npu_mm_all_reduce_base says to use the op
+for prefill and not for decode, without a number."""
+
 
 @dataclass(frozen=True)
 class Target:
@@ -22,6 +30,14 @@ class Target:
     """False where a plan is made for a chip whose torch_npu is not here: our ops stand in the graph instead."""
     concatenates: bool = False
     """Gate and up from two projections are concatenated: the op takes one tensor."""
+    min_rows: int = 0
+    """Products of fewer rows are not fused with the communication that follows."""
+
+    @property
+    def generation(self) -> str:
+        """The chip's family as Ascend's documents call it: "A2", "A3", "310P"…; "" where it is not known."""
+        soc = (self.soc or "").removeprefix("Ascend")
+        return next((family for start, family in GENERATIONS if soc.startswith(start)), "")
 
     def resolve(self, op: str) -> Callable[..., Any]:
         """The callable that a graph node calls, e.g. `torch.ops.npu.npu_rms_norm.default`."""
@@ -44,9 +60,10 @@ def target_of(options: Options, planning: bool = False) -> Target:
     if planning and options.target == "npu" and options.soc is not None and not npu_is_loaded():
         return Target("npu", "npu", options.soc, present=False, concatenates=concat is not False)
     if resolve_target(options) == "reference":
-        return replace(REFERENCE, concatenates=concat is True)
+        return replace(REFERENCE, concatenates=concat is True, min_rows=options.mc2_min_rows or 0)
     soc = options.soc
     if soc is None:
         npu: Any = torch.npu  # type: ignore[attr-defined]
         soc = str(npu.get_device_name()) if npu.is_available() else None
-    return Target("npu", "npu", soc, concatenates=concat is not False)
+    rows = MC2_MIN_ROWS if options.mc2_min_rows is None else options.mc2_min_rows
+    return Target("npu", "npu", soc, concatenates=concat is not False, min_rows=rows)

@@ -1,0 +1,52 @@
+"""Collectives in a proof: one process stands for all ranks, and nothing is communicated.
+
+A proof must not wait for other ranks (one may have its proof in a cache), nor depend on what they hold. So the
+group is pretended: rank r's part of a sum is this rank's, its elements rolled by r in the order of memory, which
+views do not change. A sum over ranks, its gradient, a bias added once per rank or once at
+all, an activation before or behind the sum: each gives other numbers, as it would on a real group. What a
+pretended group cannot show, that the ranks do what this file says, is shown by tests on real process groups.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+PREFIX = "npu_fuse:pretend:"
+
+
+def name(size: int) -> str:
+    """What stands for a group of that many ranks where a proof runs a fused op."""
+    return f"{PREFIX}{size}"
+
+
+def size_of(group: str) -> int | None:
+    """The number of pretended ranks; None for a real group."""
+    return int(group.removeprefix(PREFIX)) if group.startswith(PREFIX) else None
+
+
+def summed(value: torch.Tensor, size: int) -> torch.Tensor:
+    """The sum over ranks, in the value's dtype, one after the other."""
+    flat = value.reshape(-1)
+    total = flat
+    for rank in range(1, size):
+        total = total + flat.roll(rank)
+    return total.view(value.shape)
+
+
+class _AllReduce(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, value: torch.Tensor, size: int, gradient: str) -> torch.Tensor:
+        ctx.size, ctx.gradient = size, gradient
+        return summed(value, size)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> Any:  # type: ignore[override, unused-ignore]
+        return (summed(grad, ctx.size) if ctx.gradient == "all_reduce" else grad), None, None
+
+
+def all_reduce(value: torch.Tensor, size: int, gradient: str) -> torch.Tensor:
+    """gradient: "all_reduce" where the graph's backward reduces again, "identity" where it does not."""
+    result: torch.Tensor = _AllReduce.apply(value, size, gradient)  # type: ignore[no-untyped-call]
+    return result
