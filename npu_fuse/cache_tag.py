@@ -17,6 +17,7 @@ from dataclasses import fields
 from importlib import metadata
 from typing import Any
 
+from npu_fuse import device_limits
 from npu_fuse.options import Options
 
 CHANGE_NO_GRAPH = frozenset(("proof_cache", "report_dir", "dump", "target"))
@@ -57,12 +58,12 @@ def _version(distribution: str) -> str:
 
 
 def _device(target: str) -> str:
-    """What a plan depends on besides the options: torch_npu's release and the chip that is present."""
+    """What a plan depends on besides the options: torch_npu's release, the chip that is present, its limits."""
     if target != "npu":
         return ""
     npu: Any = getattr(sys.modules.get("torch"), "npu", None)
     chip = npu.get_device_name() if npu is not None and npu.is_initialized() else ""
-    return f"{_version('torch_npu')} {chip}"
+    return f"{_version('torch_npu')} {chip} {device_limits.content()}"
 
 
 def _text(value: Any) -> str:

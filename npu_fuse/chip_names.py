@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 FAMILIES = {
-    "910_93": "A3", "910B": "A2", "910C": "A3", "950": "A5", "310P": "310P", "910A": "910A", "910Pro": "910A",
-    "910Premium": "910A",
+    "910_93": "A3", "910_95": "A5", "910B": "A2", "910C": "A3", "950": "A5", "310P": "310P", "910A": "910A",
+    "910Pro": "910A", "910Premium": "910A",
 }  # fmt: skip
-"""What a chip's name contains, and its family: A2 = Atlas A2 (910B), A3 = Atlas A3 (910_93, sold as 910C), A5 = 950,
-310P = "Atlas inference", 910A = "Atlas training"."""
+"""What a chip's name contains, and its family: A2 = Atlas A2 (910B), A3 = Atlas A3 (910_93, sold as 910C), A5 = 950
+(910_95 before), 310P = "Atlas inference", 910A = "Atlas training"."""
 
 EXAMPLES = ("Ascend910B3", "Ascend910_9391", "Ascend950", "Ascend310P3", "Ascend910A")
 

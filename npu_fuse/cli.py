@@ -1,4 +1,4 @@
-"""The command line: `npu-fuse explain | check | doctor`.
+"""The command line: `npu-fuse explain | check | chips | doctor | verify-device`.
 
 Exit codes: 0 all is well; 1 the answer is no (`check`: counts differ; `explain`: Dynamo captured nothing or
 failed; `doctor`: something keeps npu_fuse from working); 2 the command cannot be carried out as given
@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from npu_fuse import __version__
+from npu_fuse.cli_device import verify_device
 from npu_fuse.errors import NpuFuseError
 
 if TYPE_CHECKING:
@@ -45,6 +46,9 @@ def main() -> None:
     """
     for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"):  # nothing is ever downloaded
         os.environ[name] = "1"
+
+
+main.add_command(verify_device)
 
 
 def _model_options(command: _Command) -> _Command:

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 import torch
 
 from npu_fuse.chip_names import family
+from npu_fuse.device_limits import measured_limit
 from npu_fuse.report import Status
 from npu_fuse.sites import Refusal
 from npu_fuse.targets import Target
@@ -24,7 +25,7 @@ def on_npu(rule: str, target: Target, calls: Iterable[str], *dtypes: torch.dtype
             reason = f"this torch_npu has no op {call}; a newer release has"
             return Refusal(Status.REFUSED_BY_TARGET, f"{rule}.release", reason)
         for dtype in dtypes:
-            limit = chip_limit(call, target.soc, dtype)
+            limit = chip_limit(call, target.soc, dtype) or measured_limit(call, str(dtype)[6:], target.soc)
             if limit is not None:
                 return Refusal(Status.REFUSED_BY_TARGET, f"{rule}.soc", limit)
     return None

@@ -8,11 +8,9 @@ from typing import Any
 
 import torch
 
+from npu_fuse.chip_names import family
 from npu_fuse.options import Options, npu_is_loaded, resolve_target
 
-GENERATIONS = (("910B", "A2"), ("910_93", "A3"), ("910C", "A3"), ("910_95", "A5"), ("950", "A5"),
-               ("310P", "310P"), ("910", "A1"))  # fmt: skip
-"""Starts of the names that torch_npu gives chips, the longest first."""
 MC2_MIN_ROWS = 512
 """Rows below which vllm-ascend leaves matmul and all-reduce apart: the fused kernel's tiles are as tall
 (its pass for matmul + all-reduce + RMSNorm). Ascend's document of npu_mm_all_reduce_base says to use the op
@@ -36,8 +34,7 @@ class Target:
     @property
     def generation(self) -> str:
         """The chip's family as Ascend's documents call it: "A2", "A3", "310P"…; "" where it is not known."""
-        soc = (self.soc or "").removeprefix("Ascend")
-        return next((family for start, family in GENERATIONS if soc.startswith(start)), "")
+        return (family(self.soc) if self.soc else None) or ""
 
     def resolve(self, op: str) -> Callable[..., Any]:
         """The callable that a graph node calls, e.g. `torch.ops.npu.npu_rms_norm.default`."""

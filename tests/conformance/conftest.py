@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 
 import pytest
+import torch  # before npu_host_ops: it loads torch_npu, which loads that
 
 
 @pytest.fixture(autouse=True)
@@ -12,7 +13,6 @@ def stand_in() -> None:
     if "NPU_HOST" not in os.environ:
         pytest.fail("run this with `scripts/npu-host python -m pytest -m real_wheel`", pytrace=False)
     import npu_host_ops
-    import torch
 
     torch.manual_seed(0)
     torch._dynamo.reset()

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.conformance.table import CASES, Case
+from npu_fuse.device_cases import CASES, Case
 
 pytestmark = pytest.mark.real_wheel
 

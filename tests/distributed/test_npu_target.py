@@ -135,7 +135,7 @@ def test_the_communicators_name_is_made_once_a_group_and_kept(outcomes: Any) -> 
 
 
 def test_families_of_chips() -> None:
-    names = {"Ascend910B3": "A2", "Ascend910_9391": "A3", "Ascend310P3": "310P", "Ascend910A": "A1", "Other": ""}
+    names = {"Ascend910B3": "A2", "Ascend910_9391": "A3", "Ascend310P3": "310P", "Ascend910A": "910A", "Other": ""}
     for soc, family in names.items():
         assert Target("npu", "npu", soc).generation == family
 
