@@ -21,7 +21,7 @@ def levels(source):
 
 def test_a_good_run_has_nothing_to_mend():
     run = (
-        f"export TASK_QUEUE_ENABLE=2 VLLM_ASCEND_TASK_QUEUE_ENABLE=1 HCCL_OP_EXPANSION_MODE=AIV NPU_FUSE_VLLM=1\n"
+        f"export TASK_QUEUE_ENABLE=2 VLLM_ASCEND_TASK_QUEUE_ENABLE=1 HCCL_OP_EXPANSION_MODE=AIV\n"
         f"{SWITCH} {M}.path=Qwen/Qwen3-4B {A}.strategy=fsdp2 {A}.fsdp_config.reshard_after_forward=False"
     )
     assert set(levels(run).values()) == {"ok"}
@@ -69,6 +69,14 @@ def test_a_script_with_variables_and_a_yaml_file(tmp_path):
     tree = tmp_path / "run.yaml"
     tree.write_text("actor_rollout_ref: {actor: {strategy: fsdp2, fsdp_config: {fsdp_size: -1}}}")
     assert read_run(str(tree)).get(f"{A}.strategy") == "fsdp2"
+
+
+def test_the_rollout_is_under_the_same_switch():
+    on = f"{SWITCH} {A}.strategy=fsdp2"
+    assert levels(on)["rollout"] == "ok"
+    assert levels(f"{on} +{M}.fused_kernel_options.npu_fuse.rollout=False")["rollout"] == "info"
+    assert levels(f"export NPU_FUSE_VLLM=1\n{A}.strategy=fsdp2")["rollout"] == "ok"
+    assert levels(f"{A}.strategy=fsdp2")["rollout"] == "info"
 
 
 def test_the_command(tmp_path):

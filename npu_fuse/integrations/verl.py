@@ -5,7 +5,8 @@
 
 verl imports this module as its external library, in processes without an engine too: nothing happens there but a
 look at `sys.modules`. Every option of npu_fuse may stand beside `enable`; so may `verl_patches`: "off" (the default)
-leaves out verl's own patches of some models for NPUs, "keep" lets them stand, and what they call is left alone.
+leaves out verl's own patches of some models for NPUs, "keep" lets them stand, and what they call is left alone;
+and `rollout`: True (the default) switches the pass on in the vLLM rollout too.
 """
 
 from __future__ import annotations
@@ -14,56 +15,19 @@ import functools
 import importlib.util
 import logging
 import sys
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable
 from importlib.abc import MetaPathFinder
 from typing import Any
 
 from npu_fuse.doctor import doctor
 from npu_fuse.errors import OptionError
+from npu_fuse.integrations import verl_rollout
 from npu_fuse.integrations.verl_blocks import BlockCompiler, blocks_of
-from npu_fuse.option_checks import check, check_choice
-from npu_fuse.options import Options
+from npu_fuse.integrations.verl_settings import Settings, plain, settings_of
 
 logger = logging.getLogger("npu_fuse")
 
-SECTION = "npu_fuse"
-PREFIX = "actor_rollout_ref.model.fused_kernel_options.npu_fuse"
 ENGINE_MODULE = "verl.workers.engine.fsdp.transformer_impl"
-PATCHES = ("off", "keep")
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What stands under `fused_kernel_options.npu_fuse`, checked."""
-
-    options: Options
-    verl_patches: str = "off"
-
-
-def settings_of(fused_kernel_options: Any) -> Settings | None:
-    """The settings in a model's `fused_kernel_options`, None where npu_fuse is not enabled. Raises `OptionError`."""
-    section = _plain(fused_kernel_options).get(SECTION)
-    if section is None:
-        return None
-    given = _plain(section)
-    if not given and section != {}:
-        raise OptionError(f"{PREFIX} is {section!r}", remedy=f"write +{PREFIX}.enable=True")
-    enable, patches = given.pop("enable", False), given.pop("verl_patches", "off")
-    check("enable", isinstance(enable, bool), enable, "True or False")
-    check_choice("verl_patches", patches, PATCHES)
-    try:
-        options = Options.make(given)
-    except OptionError as error:
-        raise OptionError(f"{PREFIX}: {error.args[0]}", key=error.key, remedy=error.remedy) from error
-    return Settings(options, patches) if enable else None
-
-
-def _plain(section: Any) -> dict[str, Any]:
-    """A dict of a dict or of OmegaConf's."""
-    if isinstance(section, Mapping):
-        return {str(key): _plain(value) if isinstance(value, Mapping) else value for key, value in section.items()}
-    return {}
 
 
 # --- the hooks ---------------------------------------------------------------------------------------
@@ -119,7 +83,7 @@ def _check_engine(engine_config: Any) -> None:
 def _compile_blocks(engine: Any, model: Any, settings: Settings) -> BlockCompiler:
     role = _role(engine)
     compiler = BlockCompiler(role, engine.rank, settings.options)
-    policy = _plain(getattr(engine.engine_config, "wrap_policy", None))
+    policy = plain(getattr(engine.engine_config, "wrap_policy", None))
     blocks = blocks_of(model, policy.get("transformer_layer_cls_to_wrap"))
     for _, block in blocks:
         compiler.compile(block)
@@ -168,10 +132,13 @@ class _without_patches:
 
 
 class _WhenImported(MetaPathFinder):
-    """Waits for verl's engine: importing it here would load MindSpeed into processes that have no engine."""
+    """Waits for a module of verl's: importing an engine here would load MindSpeed into processes that have none."""
+
+    def __init__(self, name: str, then: Callable[[Any], None]) -> None:
+        self.name, self.then = name, then
 
     def find_spec(self, name: str, path: Any = None, target: Any = None) -> Any:
-        if name != ENGINE_MODULE:
+        if name != self.name:
             return None
         sys.meta_path.remove(self)
         spec = importlib.util.find_spec(name)
@@ -180,17 +147,19 @@ class _WhenImported(MetaPathFinder):
 
             def exec_module(module: Any) -> None:
                 execute(module)
-                install(module)
+                self.then(module)
 
             spec.loader.exec_module = exec_module  # type: ignore[method-assign]
         return spec
 
 
 def _hook() -> None:
-    if ENGINE_MODULE in sys.modules:
-        install(sys.modules[ENGINE_MODULE])
-    elif not any(isinstance(finder, _WhenImported) for finder in sys.meta_path):
-        sys.meta_path.insert(0, _WhenImported())
+    waiting = {finder.name for finder in sys.meta_path if isinstance(finder, _WhenImported)}
+    for name, then in ((ENGINE_MODULE, install), (verl_rollout.SERVER_MODULE, verl_rollout.install)):
+        if name in sys.modules:
+            then(sys.modules[name])
+        elif name not in waiting:
+            sys.meta_path.insert(0, _WhenImported(name, then))
 
 
 _hook()
