@@ -63,6 +63,10 @@ def _switch(config: RunConfig) -> Iterator[Finding]:
     if library and settings is not None:
         own = "left out" if settings.verl_patches == "off" else "kept"
         yield Finding("verl.switch", "ok", f"npu_fuse compiles every block of every model; verl's own patches: {own}")
+        if config.under(CRITIC) and not config.flag(f"{CRITIC}.model.fused_kernel_options.npu_fuse.enable", False):
+            line = SWITCH.replace(MODEL, f"{CRITIC}.model")
+            remedy = f"{_add(f'{line}.enable', True, plus=True)} and {_add(f'{CRITIC}.model.external_lib', LIBRARY)}"
+            yield Finding("verl.critic", "warning", "the critic has a switch of its own, which is off", remedy)
         return
     missing = [] if library else [_add(f"{MODEL}.external_lib", LIBRARY)]
     missing += [] if settings is not None else [_add(f"{SWITCH}.enable", True, plus=True)]
@@ -105,7 +109,7 @@ def _parameters(config: RunConfig) -> Iterator[Finding]:
         yield Finding("verl.strategy", "ok", f"strategy {strategy}")
         return
     trained = [f"{ACTOR}.fsdp_config", f"{REF}.fsdp_config"]
-    trained += [f"{CRITIC}.model.fsdp_config"] if config.under(CRITIC) else []
+    trained += [f"{CRITIC}.fsdp"] if config.under(CRITIC) else []
     flat = [key for key in trained if config.flag(f"{key}.use_orig_params", False) is not True]
     if flat:
         remedy = " ".join(_add(f"{key}.use_orig_params", True) for key in flat) + f", or {ACTOR}.strategy=fsdp2"
