@@ -78,7 +78,8 @@ def same(one: Outcome, other: Outcome, dtype: str) -> None:
     assert other.results is not None, other.log[-6000:]
     for mine, theirs in zip(one.results, other.results, strict=True):
         for a, b in zip(mine, theirs, strict=True):
-            for token, wanted, step, wanted_step in zip(*[r[k] for k in ("tokens", "logprobs") for r in (a, b)]):
+            columns = (a["tokens"], b["tokens"], a["logprobs"], b["logprobs"])
+            for token, wanted, step, wanted_step in zip(*columns, strict=True):
                 common = set(step) & set(wanted_step)
                 assert len(common) > 1
                 assert max(abs(step[t] - wanted_step[t]) for t in common) <= BOUND[dtype]
