@@ -2,13 +2,15 @@
 
 import sys
 
-
-def _mend():
-    module = sys.modules.get("verl.workers.engine.fsdp.transformer_impl")
-    if module is not None and not getattr(module, "npu_fuse_test_unpinned", False):
-        policy = module.CPUOffloadPolicy
-        module.CPUOffloadPolicy = lambda pin_memory=True: policy(pin_memory=False)
-        module.npu_fuse_test_unpinned = True
+from npu_fuse.integrations.verl import ENGINE_MODULE, _WhenImported
 
 
-_mend()
+def mend(module):
+    policy = module.CPUOffloadPolicy
+    module.CPUOffloadPolicy = lambda pin_memory=True: policy(pin_memory=False)
+
+
+if ENGINE_MODULE in sys.modules:
+    mend(sys.modules[ENGINE_MODULE])
+else:
+    sys.meta_path.insert(0, _WhenImported(ENGINE_MODULE, mend))
