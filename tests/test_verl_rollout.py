@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 import logging
 import os
@@ -32,33 +31,41 @@ def launched(options, eager=False, vllm=None):
 
     class Server:
         model_config = SimpleNamespace(fused_kernel_options=options)
-        config = SimpleNamespace(enforce_eager=eager, engine_kwargs={} if vllm is None else {"vllm": vllm})
+        config = SimpleNamespace(enforce_eager=eager)
 
-        async def launch_server(self, port=None):
-            return self.config.engine_kwargs, port
+        def launch_server(self):
+            kwargs = dict(vllm or {})
+            self._preprocess_engine_kwargs(kwargs)
+            return kwargs
 
+        def _preprocess_engine_kwargs(self, kwargs):
+            kwargs["seen"] = True
+
+    launch = Server.launch_server  # as Ray holds it, from before verl imports its external library
     module = types.SimpleNamespace(vLLMHttpServer=Server)
     verl_rollout.install(module)
     verl_rollout.install(module)
-    return asyncio.run(Server().launch_server(port=7))
+    made = launch(Server())
+    assert made.pop("seen")
+    return made
 
 
 def test_the_switch_reaches_the_server():
-    kwargs, port = launched(ON, vllm={"additional_config": json.dumps({"own": 1})})
-    assert port == 7 and os.environ["NPU_FUSE_VLLM"] == "1"
-    assert kwargs["vllm"] == {"additional_config": {"own": 1, "npu_fuse": {"numerics": "exact"}}}
+    kwargs = launched(ON, vllm={"additional_config": json.dumps({"own": 1})})
+    assert os.environ["NPU_FUSE_VLLM"] == "1"
+    assert kwargs == {"additional_config": {"own": 1, "npu_fuse": {"numerics": "exact"}}}
 
 
 @pytest.mark.parametrize(
     "options", [{}, {"npu_fuse": {"enable": False}}, {"npu_fuse": {"enable": True, "rollout": False}}]
 )
 def test_without_the_switch_nothing_is_touched(options):
-    assert launched(options) == ({}, 7)
+    assert launched(options) == {}
     assert "NPU_FUSE_VLLM" not in os.environ
 
 
 def test_an_eager_rollout_is_told_of(caplog):
-    assert launched(ON, eager=True)[0] == {"vllm": {}}
+    assert launched(ON, eager=True) == {}
     assert "enforce_eager=False" in caplog.text and "NPU_FUSE_VLLM" not in os.environ
 
 
@@ -80,7 +87,7 @@ def test_what_excludes_each_other_stops_the_start(variables, vllm, words, monkey
 def test_a_task_queue_for_training_alone_is_no_conflict(monkeypatch):
     monkeypatch.setenv("TASK_QUEUE_ENABLE", "2")
     monkeypatch.setenv("VLLM_ASCEND_TASK_QUEUE_ENABLE", "1")
-    assert launched(ON)[0]["vllm"]["additional_config"]["npu_fuse"] == {"numerics": "exact"}
+    assert launched(ON)["additional_config"]["npu_fuse"] == {"numerics": "exact"}
 
 
 # --- the plugin --------------------------------------------------------------------------------------

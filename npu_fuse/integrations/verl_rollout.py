@@ -25,30 +25,34 @@ TRAINING_ONLY = ("handoff", "handoff_options", "strict")
 
 
 def install(module: Any) -> None:
-    """Wrap the start of verl's vLLM server; models without the switch go the way they went. Idempotent."""
+    """Wrap where verl's vLLM server looks through its arguments; models without the switch go the way they went.
+
+    Ray took the actor's own methods before this module was imported: what they call on `self` is looked up later.
+    Idempotent.
+    """
     server = module.vLLMHttpServer
     if getattr(server, "npu_fuse", False):
         return
     server.npu_fuse = True
-    launch = server.launch_server
+    preprocess = server._preprocess_engine_kwargs
 
-    @functools.wraps(launch)
-    async def launch_server(self: Any, *args: Any, **kwargs: Any) -> Any:
+    @functools.wraps(preprocess)
+    def _preprocess_engine_kwargs(self: Any, engine_kwargs: dict[str, Any]) -> Any:
+        made = preprocess(self, engine_kwargs)
         settings = settings_of(self.model_config.fused_kernel_options)
         if settings is not None and settings.rollout:
-            prepare(self.config, settings)
-        return await launch(self, *args, **kwargs)
+            prepare(self.config, engine_kwargs, settings)
+        return made
 
-    server.launch_server = launch_server
+    server._preprocess_engine_kwargs = _preprocess_engine_kwargs
 
 
-def prepare(rollout: Any, settings: Settings) -> None:
+def prepare(rollout: Any, kwargs: dict[str, Any], settings: Settings) -> None:
     """Switch the pass on for the engine that this process will start, with the actor's options.
 
-    rollout: verl's rollout configuration, whose `engine_kwargs["vllm"]` is changed. Raises `OptionError` where the
-    run's settings exclude each other.
+    rollout: verl's rollout configuration. kwargs: the arguments for vLLM, changed in place. Raises `OptionError` where
+    the run's settings exclude each other.
     """
-    kwargs = rollout.engine_kwargs.setdefault("vllm", {}) or {}
     for reason, remedy in conflicts(rollout, kwargs, os.environ):
         raise OptionError(f"the rollout cannot be fused: {reason}", remedy=remedy)
     if rollout.enforce_eager:
@@ -57,10 +61,8 @@ def prepare(rollout: Any, settings: Settings) -> None:
         return
     additional = kwargs.get("additional_config") or {}
     additional = json.loads(additional) if isinstance(additional, str) else plain(additional)
-    options = {k: v for k, v in settings.given.items() if k not in TRAINING_ONLY}
-    additional.setdefault(KEY, options)
+    additional.setdefault(KEY, {k: v for k, v in settings.given.items() if k not in TRAINING_ONLY})
     kwargs["additional_config"] = additional
-    rollout.engine_kwargs["vllm"] = kwargs
     os.environ["NPU_FUSE_VLLM"] = "1"
     logger.info("npu_fuse's pass is switched on in verl's vLLM rollout")
 

@@ -154,3 +154,12 @@ def test_where_nothing_can_run_the_user_is_told(models, tmp_path):
     made = engine(tmp_path, checkpoint("llama", models), eager, {"NPU_FUSE_VLLM": "1"})
     assert made.results is not None, made.log[-3000:]
     assert "npu_fuse fuses nothing in this engine" in made.log and "enforce_eager" in made.log
+
+
+def test_explain_starts_an_engine_on_a_tiny_model_of_that_architecture(tmp_path):
+    command = [sys.executable, "-m", "npu_fuse.cli", "explain", "--vllm", "--json", "Qwen3ForCausalLM"]
+    done = subprocess.run(command, capture_output=True, cwd=tmp_path, timeout=900, check=False)
+    assert done.returncode == 0, done.stderr.decode()[-4000:]
+    report = json.loads(done.stdout)
+    assert report["totals"]["fused"] == {"rms_norm": 9, "rotary_mul": 4, "swiglu": 2}
+    assert report["totals"]["by_status"] == {"fused": 15}
