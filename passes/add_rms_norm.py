@@ -77,17 +77,16 @@ def _composed(view: View, norm: Site) -> Site | None:
     total, gamma, epsilon = norm.facts["x"], norm.facts["gamma"], norm.facts["epsilon"]
     if not isinstance(gamma, Node) or not total.op.startswith("call") or d.name(total) != "add" or d.mutates(total):
         return None
-    first, second = d.binary(total)
-    left, right, weight, value = d.tensor(first), d.tensor(second), d.tensor(gamma), d.tensor(total)
-    if (
-        left is None
-        or right is None
-        or weight is None
-        or value is None
-        or d.constant(total.kwargs.get("alpha", 1)) != 1
-    ):
+    if d.constant(total.kwargs.get("alpha", 1)) != 1:
         return None
-    if not (left.dtype == right.dtype == weight.dtype == value.dtype) or value.requires_grad:
+    summed = _summed(view, total, norm)
+    weight, value = d.tensor(gamma), d.tensor(total)
+    if summed is None or weight is None or value is None:
+        return None
+    first, second, sums, between = summed
+    left, right = d.tensor(first), d.tensor(second)
+    assert left is not None and right is not None
+    if not (left.dtype == right.dtype == weight.dtype) or value.requires_grad:
         return None
     if not same_shape(left.shape, right.shape) or norm.params.get("scale") is not None or norm.twins:
         return None
@@ -102,16 +101,39 @@ def _composed(view: View, norm: Site) -> Site | None:
             if weight.dim() != norm.facts["kept"]:
                 scale = e.call(torch.reshape, scale, tuple(weight.shape)[-norm.facts["kept"] :])
             results = e.fused(op, e.dense(env[first]), e.dense(env[second]), scale, taken)
-            return item(e, results, 0), item(e, results, 2)
+            return item(e, results, 0), *[item(e, results, 2) for _ in sums]
 
         return emit
 
-    key = (None if isinstance(epsilon, Node) else epsilon, norm.facts["kept"])
+    key = (None if isinstance(epsilon, Node) else epsilon, norm.facts["kept"], len(sums))
     form = Form("as it is", emit_with("npu_add_rms_norm"), key, also=(emit_with("npu_add_rms_norm_unrounded"),))
     inputs = tuple(dict.fromkeys(n for n in (first, second, gamma, epsilon) if isinstance(n, Node)))
-    return replace(
-        norm, op=NAME, inputs=inputs, nodes=(total, *norm.nodes), forms=(form,), extra_outputs=(total,), replaces=norm
-    )
+    nodes = sorted({*between, total, *sums, *norm.nodes}, key=view.position.__getitem__)
+    return replace(norm, op=NAME, inputs=inputs, nodes=tuple(nodes), forms=(form,), extra_outputs=sums, replaces=norm)
+
+
+def _summed(view: View, total: Node, norm: Site) -> tuple[Node, Node, tuple[Node, ...], list[Node]] | None:
+    """x1, x2, the nodes that are their sum in their own dtype, and the casts between x1, x2 and `total`.
+
+    The sum is `total`, or, where x1 and x2 are widened first (vLLM adds in float32), the casts back of it.
+    """
+    first, second = d.binary(total)
+    value, left, right = d.tensor(total), d.tensor(first), d.tensor(second)
+    if value is None or left is None or right is None:
+        return None
+    x1, x2 = view.exact(first, total), view.exact(second, total)
+    narrow = d.tensor(x1)
+    if narrow is None or narrow.dtype.itemsize >= value.dtype.itemsize:
+        return (first, second, (total,), []) if left.dtype == right.dtype == value.dtype else None
+    sums = tuple(n for n in total.users if n not in norm.nodes)
+    if not sums or not all(d.name(n) == "cast" and _dtype(n) == narrow.dtype for n in sums):
+        return None
+    return x1, x2, sums, [n for n in (first, second) if n not in (x1, x2)]
+
+
+def _dtype(node: Node) -> torch.dtype | None:
+    found = d.tensor(node)
+    return None if found is None else found.dtype
 
 
 def limits(site: Site, form: Form, target: Target) -> Refusal | None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 from click.testing import CliRunner
 
@@ -12,6 +14,7 @@ from npu_fuse.integrations.verl_config import read_run
 from npu_fuse.integrations.verl_doctor import verl_doctor
 
 A, R, M = "actor_rollout_ref.actor", "actor_rollout_ref.rollout", "actor_rollout_ref.model"
+RECIPES = Path(__file__).parents[1] / "examples" / "verl"
 SWITCH = f"{M}.external_lib=npu_fuse.integrations.verl +{M}.fused_kernel_options.npu_fuse.enable=True"
 
 
@@ -21,7 +24,7 @@ def levels(source):
 
 def test_a_good_run_has_nothing_to_mend():
     run = (
-        f"export TASK_QUEUE_ENABLE=2 VLLM_ASCEND_TASK_QUEUE_ENABLE=1 HCCL_OP_EXPANSION_MODE=AIV NPU_FUSE_VLLM=1\n"
+        f"export TASK_QUEUE_ENABLE=2 VLLM_ASCEND_TASK_QUEUE_ENABLE=1 HCCL_OP_EXPANSION_MODE=AIV\n"
         f"{SWITCH} {M}.path=Qwen/Qwen3-4B {A}.strategy=fsdp2 {A}.fsdp_config.reshard_after_forward=False"
     )
     assert set(levels(run).values()) == {"ok"}
@@ -69,6 +72,25 @@ def test_a_script_with_variables_and_a_yaml_file(tmp_path):
     tree = tmp_path / "run.yaml"
     tree.write_text("actor_rollout_ref: {actor: {strategy: fsdp2, fsdp_config: {fsdp_size: -1}}}")
     assert read_run(str(tree)).get(f"{A}.strategy") == "fsdp2"
+
+
+@pytest.mark.parametrize("recipe", sorted(RECIPES.glob("*_ascend.sh")), ids=lambda path: path.stem)
+def test_the_recipes_leave_nothing_to_mend(recipe):
+    assert set(levels(str(recipe)).values()) == {"ok"}
+
+
+def test_a_critic_has_its_own_switch():
+    run = f"{SWITCH} {A}.strategy=fsdp2 critic.strategy=fsdp2"
+    assert levels(run)["critic"] == "warning"
+    assert "critic" not in levels(f"{run} +critic.model.fused_kernel_options.npu_fuse.enable=True")
+
+
+def test_the_rollout_is_under_the_same_switch():
+    on = f"{SWITCH} {A}.strategy=fsdp2"
+    assert levels(on)["rollout"] == "ok"
+    assert levels(f"{on} +{M}.fused_kernel_options.npu_fuse.rollout=False")["rollout"] == "info"
+    assert levels(f"export NPU_FUSE_VLLM=1\n{A}.strategy=fsdp2")["rollout"] == "ok"
+    assert levels(f"{A}.strategy=fsdp2")["rollout"] == "info"
 
 
 def test_the_command(tmp_path):

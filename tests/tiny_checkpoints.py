@@ -15,6 +15,8 @@ KINDS = {
     "llama": ("LlamaConfig", "LlamaForCausalLM", {"rope_parameters": LLAMA3}),
     "qwen3": ("Qwen3Config", "Qwen3ForCausalLM", {}),
     "gemma3": ("Gemma3TextConfig", "Gemma3ForCausalLM", {"sliding_window": 64, "query_pre_attn_scalar": 32}),
+    "glm4": ("Glm4Config", "Glm4ForCausalLM", {}),
+    "phi3": ("Phi3Config", "Phi3ForCausalLM", {}),
     "qwen3_moe": (
         "Qwen3MoeConfig",
         "Qwen3MoeForCausalLM",

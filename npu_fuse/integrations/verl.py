@@ -5,7 +5,8 @@
 
 verl imports this module as its external library, in processes without an engine too: nothing happens there but a
 look at `sys.modules`. Every option of npu_fuse may stand beside `enable`; so may `verl_patches`: "off" (the default)
-leaves out verl's own patches of some models for NPUs, "keep" lets them stand, and what they call is left alone.
+leaves out verl's own patches of some models for NPUs, "keep" lets them stand, and what they call is left alone;
+and `rollout`: True (the default) switches the pass on in the vLLM rollout too.
 """
 
 from __future__ import annotations
@@ -14,194 +15,19 @@ import functools
 import importlib.util
 import logging
 import sys
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable
 from importlib.abc import MetaPathFinder
-from pathlib import Path
 from typing import Any
 
 from npu_fuse.doctor import doctor
 from npu_fuse.errors import OptionError
-from npu_fuse.option_checks import check, check_choice
-from npu_fuse.options import Options
+from npu_fuse.integrations import verl_rollout
+from npu_fuse.integrations.verl_blocks import BlockCompiler, blocks_of
+from npu_fuse.integrations.verl_settings import Settings, plain, settings_of
 
 logger = logging.getLogger("npu_fuse")
 
-SECTION = "npu_fuse"
-PREFIX = "actor_rollout_ref.model.fused_kernel_options.npu_fuse"
 ENGINE_MODULE = "verl.workers.engine.fsdp.transformer_impl"
-PATCHES = ("off", "keep")
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What stands under `fused_kernel_options.npu_fuse`, checked."""
-
-    options: Options
-    verl_patches: str = "off"
-
-
-def settings_of(fused_kernel_options: Any) -> Settings | None:
-    """The settings in a model's `fused_kernel_options`, None where npu_fuse is not enabled. Raises `OptionError`."""
-    section = _plain(fused_kernel_options).get(SECTION)
-    if section is None:
-        return None
-    given = _plain(section)
-    if not given and section != {}:
-        raise OptionError(f"{PREFIX} is {section!r}", remedy=f"write +{PREFIX}.enable=True")
-    enable, patches = given.pop("enable", False), given.pop("verl_patches", "off")
-    check("enable", isinstance(enable, bool), enable, "True or False")
-    check_choice("verl_patches", patches, PATCHES)
-    try:
-        options = Options.make(given)
-    except OptionError as error:
-        raise OptionError(f"{PREFIX}: {error.args[0]}", key=error.key, remedy=error.remedy) from error
-    return Settings(options, patches) if enable else None
-
-
-def _plain(section: Any) -> dict[str, Any]:
-    """A dict of a dict or of OmegaConf's."""
-    if isinstance(section, Mapping):
-        return {str(key): _plain(value) if isinstance(value, Mapping) else value for key, value in section.items()}
-    return {}
-
-
-# --- blocks ------------------------------------------------------------------------------------------
-
-
-def blocks_of(model: Any, wrapped: Any = None) -> list[tuple[str, Any]]:
-    """The modules that FSDP wraps, by name: those of the classes in `wrapped` or in the model's `_no_split_modules`.
-
-    Where neither names one, the elements of the longest list of modules of one class. Of nested ones the inner.
-    """
-    names = set(wrapped or getattr(model, "_no_split_modules", None) or ())
-    found = [(path, m) for path, m in model.named_modules() if type(m).__name__ in names]
-    if not found:
-        found = _longest_list(model)
-    inner = [entry for entry in found if not any(p.startswith(f"{entry[0]}.") for p, _ in found)]
-    return inner
-
-
-def _longest_list(model: Any) -> list[tuple[str, Any]]:
-    import torch
-
-    best: list[tuple[str, Any]] = []
-    for path, module in model.named_modules():
-        if isinstance(module, torch.nn.ModuleList) and len({type(m) for m in module}) == 1 and len(module) > len(best):
-            best = [(f"{path}.{i}", m) for i, m in enumerate(module)]
-    return best
-
-
-def mark_rows(values: Any) -> None:
-    """Let Dynamo take batch and token dimensions as symbolic from the first call on: all but the last one of what
-    has features, all of a mask. A dimension that the model fixes stays fixed, without an error."""
-    import torch
-
-    if isinstance(values, torch.Tensor):
-        square = values.dim() == 4 and values.shape[-1] >= values.shape[-2]  # a mask, of keys by queries
-        features = values.is_floating_point() and not square
-        for dim in range(values.dim() - 1 if features else values.dim()):
-            if values.shape[dim] > 1:
-                torch._dynamo.maybe_mark_dynamic(values, dim)
-    elif isinstance(values, (tuple, list)):
-        for value in values:
-            mark_rows(value)
-    elif isinstance(values, dict):
-        for value in values.values():
-            mark_rows(value)
-
-
-class BlockCompiler:
-    """The backend of one model's blocks: npu_fuse, and the reports of the graphs that it compiled."""
-
-    def __init__(self, role: str, rank: int, options: Options) -> None:
-        self.role, self.rank, self.options = role, rank, options
-        self.graphs: list[Any] = []
-        self.code: set[Any] = set()
-        self.told = 0
-        self.warned = False
-
-    def __call__(self, gm: Any, example_inputs: Any) -> Any:
-        from npu_fuse.backend import backend
-        from npu_fuse.report import reports
-
-        # The graphs are told of together, in one table for the model.
-        compiled = backend(gm, example_inputs, options=replace(self.options, report_dir=None))
-        self.graphs.append(reports()[-1])
-        return compiled
-
-    def compile(self, module: Any) -> None:
-        """Replace `module.forward` by its compiled form: no wrapper module, so every parameter keeps its name.
-
-        By Dynamo itself and not by `torch.compile`, which MindSpeed replaces by a dummy. Not with `dynamic=True`:
-        Dynamo would make the integers of an FSDP module symbolic too, such as the width of a head.
-        """
-        import torch
-
-        forward = module.forward
-        self.code.add(getattr(forward, "__func__", forward).__code__)
-        compiled = torch._dynamo.optimize(backend=self)(forward)
-
-        @functools.wraps(forward)
-        def with_dynamic_rows(*args: Any, **kwargs: Any) -> Any:
-            mark_rows((args, kwargs))
-            return compiled(*args, **kwargs)
-
-        module.forward = with_dynamic_rows
-
-    def tell(self) -> None:
-        """After a batch: what is new, whether anything was compiled at all, and whether Dynamo is about to give up."""
-        if not self.graphs and not self.warned:
-            self.warned = True
-            logger.warning("npu_fuse compiled nothing in verl's %s: Dynamo is off or left every block to eager; "
-                           "run npu-fuse doctor", self.role)  # fmt: skip
-        if len(self.graphs) > self.told:
-            self.told = len(self.graphs)
-            level = logging.WARNING if not any(g.sites for g in self.graphs) else logging.INFO
-            logger.log(level, "npu_fuse in verl's %s: %s", self.role, self.summary())
-            if self.options.report_dir is not None:
-                self.write(Path(self.options.report_dir))
-        self._watch_recompiles()
-
-    def summary(self) -> str:
-        """One line: graphs, sites fused by op, sites left by status, the hand-offs."""
-        from collections import Counter
-
-        from npu_fuse.report import Status
-
-        sites = [site for graph in self.graphs for site in graph.sites]
-        fused = Counter(s.op for s in sites if s.status is Status.FUSED)
-        left = Counter(str(s.status) for s in sites if s.status is not Status.FUSED)
-        handoffs = sorted({g.handoff for g in self.graphs})
-        parts = [f"{n} {op}" for op, n in sorted(fused.items())] or ["nothing"]
-        rest = ", ".join(f"{n} {status}" for status, n in sorted(left.items())) or "none"
-        return f"{len(self.graphs)} graphs; fused {', '.join(parts)}; left {rest}; handed to {', '.join(handoffs)}"
-
-    def write(self, folder: Path) -> None:
-        """The table as JSON, one file a model and rank, in the format of docs/report_format.md."""
-        from npu_fuse.explain import ExplainReport
-        from npu_fuse.report_json import to_json
-
-        training = any(g.training for g in self.graphs)
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            text = to_json(ExplainReport(self.role, training, tuple(self.graphs)))
-            (folder / f"npu_fuse_verl_{self.role}_rank{self.rank}.json").write_text(text, encoding="utf-8")
-        except OSError as problem:
-            logger.warning("the report cannot be written to %s (%s); set %s.report_dir", folder, problem, PREFIX)
-
-    def _watch_recompiles(self) -> None:
-        from torch._C._dynamo.eval_frame import _debug_get_cache_entry_list
-        from torch._dynamo import config
-
-        used = max((len(_debug_get_cache_entry_list(code)) for code in self.code), default=0)
-        if used >= config.recompile_limit and not self.warned:
-            self.warned = True
-            logger.warning(
-                "verl's %s has been compiled %d times and Dynamo stops at %d: further shapes run unfused. Set "
-                "pad_to_length=True in the engine's configuration, or raise torch._dynamo.config.recompile_limit",
-                self.role, used, config.recompile_limit,
-            )  # fmt: skip
 
 
 # --- the hooks ---------------------------------------------------------------------------------------
@@ -257,7 +83,7 @@ def _check_engine(engine_config: Any) -> None:
 def _compile_blocks(engine: Any, model: Any, settings: Settings) -> BlockCompiler:
     role = _role(engine)
     compiler = BlockCompiler(role, engine.rank, settings.options)
-    policy = _plain(getattr(engine.engine_config, "wrap_policy", None))
+    policy = plain(getattr(engine.engine_config, "wrap_policy", None))
     blocks = blocks_of(model, policy.get("transformer_layer_cls_to_wrap"))
     for _, block in blocks:
         compiler.compile(block)
@@ -306,10 +132,13 @@ class _without_patches:
 
 
 class _WhenImported(MetaPathFinder):
-    """Waits for verl's engine: importing it here would load MindSpeed into processes that have no engine."""
+    """Waits for a module of verl's: importing an engine here would load MindSpeed into processes that have none."""
+
+    def __init__(self, name: str, then: Callable[[Any], None]) -> None:
+        self.name, self.then = name, then
 
     def find_spec(self, name: str, path: Any = None, target: Any = None) -> Any:
-        if name != ENGINE_MODULE:
+        if name != self.name:
             return None
         sys.meta_path.remove(self)
         spec = importlib.util.find_spec(name)
@@ -318,17 +147,19 @@ class _WhenImported(MetaPathFinder):
 
             def exec_module(module: Any) -> None:
                 execute(module)
-                install(module)
+                self.then(module)
 
             spec.loader.exec_module = exec_module  # type: ignore[method-assign]
         return spec
 
 
 def _hook() -> None:
-    if ENGINE_MODULE in sys.modules:
-        install(sys.modules[ENGINE_MODULE])
-    elif not any(isinstance(finder, _WhenImported) for finder in sys.meta_path):
-        sys.meta_path.insert(0, _WhenImported())
+    waiting = {finder.name for finder in sys.meta_path if isinstance(finder, _WhenImported)}
+    for name, then in ((ENGINE_MODULE, install), (verl_rollout.SERVER_MODULE, verl_rollout.install)):
+        if name in sys.modules:
+            then(sys.modules[name])
+        elif name not in waiting:
+            sys.meta_path.insert(0, _WhenImported(name, then))
 
 
 _hook()

@@ -51,7 +51,7 @@ def _add(key: str, value: object, plus: bool = False) -> str:
 
 
 def _switch(config: RunConfig) -> Iterator[Finding]:
-    from npu_fuse.integrations.verl import settings_of
+    from npu_fuse.integrations.verl_settings import settings_of
 
     library = LIBRARY in (config.get(f"{MODEL}.external_lib") or "")
     given = {key: _typed(value) for key, value in config.under(SWITCH).items()}
@@ -63,6 +63,10 @@ def _switch(config: RunConfig) -> Iterator[Finding]:
     if library and settings is not None:
         own = "left out" if settings.verl_patches == "off" else "kept"
         yield Finding("verl.switch", "ok", f"npu_fuse compiles every block of every model; verl's own patches: {own}")
+        if config.under(CRITIC) and not config.flag(f"{CRITIC}.model.fused_kernel_options.npu_fuse.enable", False):
+            line = SWITCH.replace(MODEL, f"{CRITIC}.model")
+            remedy = f"{_add(f'{line}.enable', True, plus=True)} and {_add(f'{CRITIC}.model.external_lib', LIBRARY)}"
+            yield Finding("verl.critic", "warning", "the critic has a switch of its own, which is off", remedy)
         return
     missing = [] if library else [_add(f"{MODEL}.external_lib", LIBRARY)]
     missing += [] if settings is not None else [_add(f"{SWITCH}.enable", True, plus=True)]
@@ -105,7 +109,7 @@ def _parameters(config: RunConfig) -> Iterator[Finding]:
         yield Finding("verl.strategy", "ok", f"strategy {strategy}")
         return
     trained = [f"{ACTOR}.fsdp_config", f"{REF}.fsdp_config"]
-    trained += [f"{CRITIC}.model.fsdp_config"] if config.under(CRITIC) else []
+    trained += [f"{CRITIC}.fsdp"] if config.under(CRITIC) else []
     flat = [key for key in trained if config.flag(f"{key}.use_orig_params", False) is not True]
     if flat:
         remedy = " ".join(_add(f"{key}.use_orig_params", True) for key in flat) + f", or {ACTOR}.strategy=fsdp2"
@@ -144,16 +148,20 @@ def _rollout_rows(config: RunConfig) -> Iterator[Finding]:
         message = f"with cudagraph_mode {capture} vllm-ascend runs no pass manager: the rollout stays unfused"
         yield Finding("verl.capture", "warning", message, f"set {COMPILATION}.cudagraph_mode=FULL_AND_PIECEWISE")
     named = any("npu_fuse" in v for v in config.under(f"{COMPILATION}.inductor_passes").values())
-    if named or config.environment.get("NPU_FUSE_VLLM") == "1":
+    if named or config.environment.get("NPU_FUSE_VLLM") == "1" or _rollout_switched_on(config):
         yield Finding("verl.rollout", "ok", "the rollout's graphs are fused by npu_fuse too")
     else:
-        line = "export NPU_FUSE_VLLM=1 (or " + _add(
-            f"{COMPILATION}.inductor_passes.graph_fusion_manager", "npu_fuse.vllm_pass)", plus=True
-        )
+        line = f"{_add(f'{SWITCH}.enable', True, plus=True)} (and no {SWITCH}.rollout=False), or export NPU_FUSE_VLLM=1"
         yield Finding("verl.rollout", "info", "the rollout's graphs are fused by vllm-ascend alone", line)
     if config.environment.get("VLLM_ASCEND_ENABLE_MATMUL_ALLREDUCE"):
         message = "VLLM_ASCEND_ENABLE_MATMUL_ALLREDUCE does nothing in vllm-ascend after 0.23"
         yield Finding("verl.mc2", "info", message, "drop it with a newer vllm-ascend")
+
+
+def _rollout_switched_on(config: RunConfig) -> bool:
+    """verl's server switches the pass on itself under the actor's switch."""
+    on = config.flag(f"{SWITCH}.enable", False) and config.flag(f"{SWITCH}.rollout", True)
+    return bool(on) and LIBRARY in (config.get(f"{MODEL}.external_lib") or "")
 
 
 def _task_queue(config: RunConfig) -> Iterator[Finding]:

@@ -68,7 +68,7 @@ class FusePass:
 
     def uuid(self) -> str:
         """Changes with the rules, the options, the target and the versions. Raises `OptionError`, `TargetError`."""
-        return self._chosen().cache_tag()
+        return self.chosen().cache_tag()
 
     def is_applicable(self, *_: Any, **__: Any) -> bool:
         return True
@@ -86,7 +86,7 @@ class FusePass:
         from npu_fuse.report import keep
         from npu_fuse.targets import target_of
 
-        options = self._chosen()
+        options = self.chosen()
         target = target_of(options)
         module = graph if isinstance(graph, GraphModule) else graph.owning_module
         assert module is not None
@@ -94,9 +94,10 @@ class FusePass:
         report = plan(module, (), options, False, target, aten=inductor_decompositions() if expanded else {})
         report = replace(report, handoff="vllm", dynamic=_is_dynamic(module.graph))
         keep(report)
-        announce(report, options)
+        announce(report, replace(options, report_dir=None))  # workers write one table of all graphs
 
-    def _chosen(self) -> Options:
+    def chosen(self) -> Options:
+        """Its own options, or those of the environment. Raises `OptionError`."""
         return self.options if self.options is not None else options_of_environment()
 
 
@@ -139,6 +140,9 @@ def register() -> None:
     """
     from vllm.config import VllmConfig
 
+    from npu_fuse.integrations.vllm_report import watch
+
+    watch(pass_of)
     original = VllmConfig.__post_init__
     if getattr(original, "npu_fuse", False):
         return
@@ -150,6 +154,12 @@ def register() -> None:
 
     post_init.npu_fuse = True  # type: ignore[attr-defined]
     VllmConfig.__post_init__ = post_init
+
+
+def pass_of(config: Any) -> FusePass | None:
+    """The pass in a `VllmConfig`."""
+    found = [value for value in config.compilation_config.inductor_compile_config.values() if type(value) is FusePass]
+    return found[0] if found else None
 
 
 def settle(config: Any) -> None:

@@ -60,7 +60,7 @@ def main():
     parser.add_argument("--strategy", default="fsdp2")
     parser.add_argument("--dtype", default="fp32")
     parser.add_argument("--fused", default="{}", help="fused_kernel_options as JSON")
-    parser.add_argument("--steps", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--ulysses", type=int, default=1)
     parser.add_argument("--lora", type=int, default=0)
     parser.add_argument("--save", help="a folder for verl's own checkpoint after the last step")
@@ -80,7 +80,10 @@ def main():
     engine = make_engine(given)
     if given.strategy == "fsdp":
         import torch.distributed.fsdp._init_utils as init_utils
+        from verl.workers.engine.fsdp import transformer_impl
 
+        # verl asks for the device "cpu:cpu"; nothing has to move on a CPU.
+        transformer_impl.load_fsdp_model_to_gpu = transformer_impl.offload_fsdp_model_to_cpu = lambda *_: None
         init_utils._check_module_states_for_sync_module_states = lambda *_: None
     engine.initialize()
     if given.resume:
@@ -110,6 +113,7 @@ def main():
                 "losses": losses, "norms": norms, "names": names, "breaks": dict(entries),
                 "state": list(engine.module.state_dict()), "summary": compiler.summary() if compiler else "",
                 "fused": sum(g.count(Status.FUSED) for g in compiler.graphs) if compiler else 0,
+                "left": sum(len(g.sites) - g.count(Status.FUSED) for g in compiler.graphs) if compiler else 0,
                 "graphs": len(compiler.graphs) if compiler else 0,
                 "weights": {name: value.detach().clone() for name, value in weights.items()},
             },
