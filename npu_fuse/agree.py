@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from npu_fuse import collectives, dtensors, functions
+from npu_fuse import collectives, dtensor_rows, dtensors, exchanges, functions
 from npu_fuse import dialect as d
 from npu_fuse.groups import Group, claim, claimed, group_of, initialised, resolve
 from npu_fuse.options import Options
@@ -96,15 +96,18 @@ def _collectives(view: View) -> dict[Group, list[Node]]:
 
 
 def _group(node: Node) -> Group | None:
-    if dtensors.is_reduction(node):
+    if dtensors.is_reduction(node) or dtensor_rows.is_scatter(node) or dtensor_rows.is_gather(node):
         layout = dtensors.layout_of(node.args[0])
         return layout.group if layout is not None and len(layout.placements) == 1 else None
     if functions.is_function(node):
         reduction = functions.reduction_of(node)
         return reduction.group if isinstance(reduction, collectives.Reduction) else None
-    if not collectives.is_all_reduce(node):
+    if exchanges.is_scatter(node) or exchanges.is_gather(node):
+        group = group_of(exchanges.group_argument(node))
+    elif collectives.is_all_reduce(node):
+        group = group_of(collectives.group_argument(node))
+    else:
         return None
-    group = group_of(collectives.group_argument(node))
     return group if isinstance(group, Group) else None
 
 
