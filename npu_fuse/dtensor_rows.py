@@ -30,6 +30,12 @@ def _layouts(node: Node) -> tuple[Layout, Layout] | None:
     return (before, after) if before is not None and after is not None else None
 
 
+def ranks_of(node: Node) -> int:
+    """How many ranks a redistribution is over."""
+    layout = layout_of(node)
+    return layout.group.size if layout is not None and len(layout.placements) == 1 else 1
+
+
 def is_scatter(node: Node) -> bool:
     """A Partial value becomes a sharded one."""
     found = _layouts(node)

@@ -17,7 +17,7 @@ pytestmark = pytest.mark.distributed
 MODES = {"inference": (torch.float32, False), "bf16 training": (torch.bfloat16, True)}
 DYNAMIC = ("functional", "in_place", "scatter_rows_of_mm", "gather_linear", "gather_rows", "two_products", "layer")
 AUTOCAST = ("functional", "gather_linear", "two_products")
-NO_GRADIENT = ("averaged", "largest", "operand_written", "given_buffer", "changed_behind")
+NO_GRADIENT = ("averaged", "largest", "operand_written", "given_buffer", "changed_behind", "weight_written")
 """torch has no gradient for these, or refuses what they write into."""
 CLOSE = {torch.float32: 2e-6, torch.bfloat16: 2e-2}
 """Gradients of a value that several products read are added in another order; all else is equal to the last bit."""
