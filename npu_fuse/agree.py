@@ -15,7 +15,7 @@ import torch
 from torch.fx import Node
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-from npu_fuse import ballots, collectives, dtensor_rows, dtensors, exchanges, functions
+from npu_fuse import ballots, collectives, copies, dtensor_rows, dtensors, exchanges, functions
 from npu_fuse import dialect as d
 from npu_fuse.errors import RanksDisagree
 from npu_fuse.groups import Group, claim, claimed, group_of, initialised
@@ -108,6 +108,9 @@ def _group(node: Node) -> Group | None:
     if dtensors.is_reduction(node) or dtensor_rows.is_scatter(node) or dtensor_rows.is_gather(node):
         layout = dtensors.layout_of(node.args[0])
         return layout.group if layout is not None and len(layout.placements) == 1 else None
+    copied = copies.group_of(node)
+    if copied is not None:
+        return copied
     if functions.is_function(node):
         reduction = functions.reduction_of(node)
         return reduction.group if isinstance(reduction, collectives.Reduction) else None

@@ -98,3 +98,20 @@ def reduce_scatter(value: torch.Tensor, size: int, dim: int = 0) -> torch.Tensor
     """[1, …, size · n, …] → [1, …, n, …] along `dim`, before which all is 1; the gradient is gathered."""
     result: torch.Tensor = _ReduceScatter.apply(value.reshape(value.shape[dim:]), size)  # type: ignore[no-untyped-call]
     return result.reshape(value.shape[:dim] + result.shape)
+
+
+class _Copied(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, value: torch.Tensor, size: int) -> torch.Tensor:
+        ctx.size = size
+        return value.view_as(value)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> Any:  # type: ignore[override, unused-ignore]
+        return summed(grad, ctx.size), None
+
+
+def copied(value: torch.Tensor, size: int) -> torch.Tensor:
+    """The value; its gradient is summed over ranks."""
+    result: torch.Tensor = _Copied.apply(value, size)  # type: ignore[no-untyped-call]
+    return result
