@@ -1,43 +1,32 @@
 """Ranks fuse a collective alike or not at all.
 
-Before anything is emitted each rank posts, in the store of the process group, one digit for every collective of
-its graph (could it be fused here?), and takes what all ranks posted. No collective is issued: a rank that
-compiles alone, again or later than others, finds what was settled for the same collectives before and does not
-wait. Waiting is limited to half of the group's own timeout; who gives up settles for the plain form, and a rank
-that comes later finds that. So nothing hangs here, and no rank fuses what another has left.
-
-The posts are keyed by what is alike on all ranks: which collectives stand on which lines of code, over which
-ranks, in which dtype; not by lengths, shards or a bias that one rank has.
+Before anything is emitted each rank says for every collective of its graph whether it could be fused here, and
+takes what all ranks said (`ballots`). What is said is keyed by what is alike on all ranks: which collectives stand
+on which lines of code, over which ranks, in which dtype; not by lengths, shards or a bias that one rank has.
 """
 
 from __future__ import annotations
 
 import hashlib
 import logging
-import socket
-import time
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch.fx import Node
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-from npu_fuse import collectives, dtensors, functions
+from npu_fuse import ballots, collectives, copies, dtensor_rows, dtensors, exchanges, functions
 from npu_fuse import dialect as d
-from npu_fuse.groups import Group, claim, claimed, group_of, initialised, resolve
+from npu_fuse.errors import RanksDisagree
+from npu_fuse.groups import Group, claim, claimed, group_of, initialised
 from npu_fuse.options import Options
 from npu_fuse.report import Status
 from npu_fuse.steps import Candidate
 from npu_fuse.targets import Target
-from npu_fuse.view import View, source_of, static
+from npu_fuse.view import View, is_one, source_of, static
 
 logger = logging.getLogger("npu_fuse")
 
-LONGEST_WAIT = 300.0
-"""Seconds for which a rank waits for others, however long the group's own timeout."""
-POLL = 0.01
-"""Seconds between two looks into the store. A blocking wait would keep the store's client from other threads."""
-TOLD_AFTER = 5.0
 ROWS = ".rows"
 """Ends the code of a refusal that rests on a size alike on all ranks: the site could be fused, here and there."""
 
@@ -54,17 +43,37 @@ def settle(view: View, candidates: Sequence[Candidate], training: bool, options:
         options.numerics,
     )
     by_anchor = {c.site.anchor: c for c in candidates if c.site is not None and "group" in c.site.facts}
+    npu = target.name == "npu"
     for group, anchors in _collectives(view).items():
         own = "".join("1" if _possible(by_anchor.get(n)) else "0" for n in anchors)
-        agreed, why = _exchange(group, _key(anchors, choices), own, target.name == "npu")
+        kinds = [_digest((_described(n)[0], _dtype(n), _place(n))) for n in anchors]
+        agreed, why = ballots.settle(
+            group, _digest((choices, [(_described(n), _place(n)) for n in anchors])), own, kinds, npu
+        )
         for anchor, mine, ours in zip(anchors, own, agreed, strict=True):
             candidate = by_anchor.get(anchor)
             if candidate is not None and mine == "1" and ours == "0":
                 candidate.refuse(Status.MISSED, f"{candidate.op}.ranks", why)
             elif mine == "0" and ours == "1":
-                logger.warning("npu_fuse: the other ranks fuse the collective at %s, this one cannot", _place(anchor))
-        if target.name == "npu":
+                _cannot(anchor, npu)
+        if npu:
             _one_communicator(group, [by_anchor[n] for n in anchors if n in by_anchor])
+
+
+def _cannot(anchor: Node, npu: bool) -> None:
+    """The others fuse a collective, and this rank, which compiles alone, finds it in a graph where it cannot.
+
+    Over one process group both forms are the same collective. On an NPU they are different kernels, which would
+    wait for each other until the group's timeout.
+    """
+    place = _place(anchor)
+    if npu:
+        raise RanksDisagree(
+            f"the other ranks fuse the collective at {place}, and in the graph that this rank compiles now, alone, it"
+            " cannot be fused: their kernels would wait for each other",
+            remedy="let all ranks compile the same code, or leave this op out with the option skip on all of them",
+        )
+    logger.warning("npu_fuse: the other ranks fuse the collective at %s, this one cannot", place)
 
 
 def _one_communicator(group: Group, candidates: Sequence[Candidate]) -> None:
@@ -96,97 +105,56 @@ def _collectives(view: View) -> dict[Group, list[Node]]:
 
 
 def _group(node: Node) -> Group | None:
-    if dtensors.is_reduction(node):
+    if dtensors.is_reduction(node) or dtensor_rows.is_scatter(node) or dtensor_rows.is_gather(node):
         layout = dtensors.layout_of(node.args[0])
         return layout.group if layout is not None and len(layout.placements) == 1 else None
+    copied = copies.group_of(node)
+    if copied is not None:
+        return copied
     if functions.is_function(node):
         reduction = functions.reduction_of(node)
         return reduction.group if isinstance(reduction, collectives.Reduction) else None
-    if not collectives.is_all_reduce(node):
+    if exchanges.is_scatter(node) or exchanges.is_gather(node):
+        group = group_of(exchanges.group_argument(node))
+    elif collectives.is_all_reduce(node):
+        group = group_of(collectives.group_argument(node))
+    else:
         return None
-    group = group_of(collectives.group_argument(node))
     return group if isinstance(group, Group) else None
 
 
-def _key(anchors: Sequence[Node], choices: object) -> str:
-    parts = [(_described(n), _place(n)) for n in anchors]
-    return hashlib.sha256(repr((torch.__version__, choices, parts)).encode()).hexdigest()
+def _digest(parts: object) -> str:
+    return hashlib.sha256(repr((torch.__version__, parts)).encode()).hexdigest()
 
 
-def _described(node: Node) -> tuple[str, ...]:
-    value = d.tensor(node) if d.tensor(node) is not None else d.tensor(functions.operand_of(node))
+def _described(node: Node) -> tuple[object, ...]:
+    """The name first. Of rows that are scattered or gathered all ranks have alike which dimensions are 1, too."""
+    value = _value(node)
     if value is None:
         return (d.raw_name(node),)
     last = static(value.shape[-1]) if value.dim() else None
-    return (d.raw_name(node), "*" if last is None else str(last), str(value.dtype))
+    facts = (d.raw_name(node), "*" if last is None else str(last), str(value.dtype))
+    distributed = dtensor_rows.is_scatter(node) or dtensor_rows.is_gather(node)
+    if not distributed and not exchanges.is_scatter(node) and not exchanges.is_gather(node):
+        return facts
+    source = d.tensor(node.args[0]) if node.args else None
+    shape = source.shape if source is not None else value.shape
+    ranks = dtensor_rows.ranks_of(node) if distributed else 1
+    even = [statically_known_true(size % ranks == 0) for size in shape]
+    return (*facts, [is_one(size) for size in shape], even)
+
+
+def _value(node: Node) -> torch.Tensor | None:
+    found = d.tensor(node)
+    return found if found is not None else d.tensor(functions.operand_of(node))
+
+
+def _dtype(node: Node) -> str:
+    found = _value(node)
+    return "" if found is None else str(found.dtype)
 
 
 def _place(node: Node) -> str:
     source = source_of(node)
     name = source.file.replace("\\", "/").rpartition("/")[2] if source.file else ""
     return f"{name}:{source.line}"
-
-
-def _exchange(group: Group, key: str, own: str, one_host: bool) -> tuple[str, str]:
-    """What all ranks can fuse, and why what this one could is left."""
-    process_group = resolve(group.name)
-    if process_group is None:
-        return "0" * len(own), f"the group of {group} is gone"
-    if torch.distributed.get_backend(process_group) == "fake":
-        return own, ""  # one process plays all ranks
-    try:
-        return _through_store(process_group, group, f"npu_fuse/{key}", own, one_host)
-    except Exception as fault:
-        logger.debug("ranks could not be asked", exc_info=True)
-        return "0" * len(own), f"the other ranks could not be asked: {type(fault).__name__}: {fault}"
-
-
-def _through_store(process_group: Any, group: Group, key: str, own: str, one_host: bool) -> tuple[str, str]:
-    store = torch.distributed.distributed_c10d._get_process_group_store(process_group)  # type: ignore[attr-defined, unused-ignore]
-    verdict = f"{key}/settled"
-    posts = [f"{key}/{rank}" for rank in range(group.size)]
-    if not store.check([verdict]):
-        store.set(posts[process_group.rank()], f"{own} {socket.gethostname()}")
-        agreed, why = own, ""
-        if "1" in own:
-            missing = _wait(store, posts, verdict, _patience(process_group), group)
-            if missing:
-                agreed = "0" * len(own)
-                why = f"rank {', '.join(map(str, missing))} did not say in time whether it fuses this, too"
-            elif not store.check([verdict]):
-                said = [store.get(post).decode().split(" ") for post in posts]
-                every, hosts = [words[0] for words in said], {words[1] for words in said}
-                agreed = "".join("1" if set(digits) == {"1"} else "0" for digits in zip(*every, strict=True))
-                if one_host and len(hosts) > 1:
-                    agreed, why = "0" * len(own), f"the group spans {len(hosts)} hosts, the fused kernels work in one"
-        settled = store.compare_set(verdict, "", f"{agreed} {why}").decode()
-    else:
-        settled = store.get(verdict).decode()
-    agreed, _, why = settled.partition(" ")
-    return agreed, why or "another rank leaves this collective as it is"
-
-
-def _wait(store: Any, posts: Sequence[str], verdict: str, patience: float, group: Group) -> list[int]:
-    """The global ranks that posted nothing in time; empty as soon as all have, or it is settled anyway."""
-    started, told = time.monotonic(), False
-    while not store.check([verdict]):
-        missing = [rank for rank, post in zip(group.ranks, posts, strict=True) if not store.check([post])]
-        waited = time.monotonic() - started
-        if not missing or waited > patience:
-            return missing
-        if waited > TOLD_AFTER and not told:
-            told = True
-            logger.info("npu_fuse waits up to %.0f s for ranks %s to compile the same code", patience, missing)
-        time.sleep(POLL)
-    return []
-
-
-def _patience(process_group: Any) -> float:
-    """Half of the group's timeout: ranks that wait in a collective for this one must not give up meanwhile."""
-    limits = [LONGEST_WAIT]
-    for device in process_group._device_types:
-        options = getattr(process_group._get_backend(device), "options", None)
-        timeout = getattr(options, "_timeout", None)
-        if timeout is not None:
-            limits.append(timeout.total_seconds() / 2)
-    return min(limits)

@@ -16,7 +16,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from npu_fuse import dialect as d
 from npu_fuse import ops
-from npu_fuse.emit import GraphEmitter
+from npu_fuse.emit_graph import GraphEmitter
 
 Decompositions = Mapping[Any, Callable[..., Any]]
 
@@ -44,6 +44,8 @@ class AtenEmitter(GraphEmitter):
             return super().call(function, *args, **kwargs)
         if function is operator.getitem and isinstance(d.value(args[0]), tuple):
             return super().call(function, *args, **kwargs)
+        if function is torch.Tensor.size:
+            return super().call(torch.ops.aten.sym_size.int, *args)
         return self._traced(function, args, kwargs)
 
     def _traced(self, function: Callable[..., Any], args: Any, kwargs: Any) -> Any:

@@ -16,6 +16,7 @@ from npu_fuse import agree, dump, shadow, steps
 from npu_fuse.announce import announce
 from npu_fuse.aten import Decompositions
 from npu_fuse.capture import graphs_of
+from npu_fuse.errors import RanksDisagree
 from npu_fuse.handoff import hand_off
 from npu_fuse.handoff_choice import choose
 from npu_fuse.options import Options
@@ -87,6 +88,8 @@ def plan(
                 clock = _spent(seconds, "lower", clock)
                 sites += steps.site_reports(found)
                 view = None if found else view
+        except RanksDisagree:
+            raise
         except Exception as fault:
             logger.debug("npu_fuse left a graph alone", exc_info=True)
             errors.append(f"{type(fault).__name__}: {fault}")

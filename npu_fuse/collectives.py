@@ -82,7 +82,7 @@ def reduction_of(view: View, node: Node) -> Reduction | str:
         return group
     if group.size == 1:
         return "the group has one rank: nothing is communicated"
-    trained = (found := d.tensor(node)) is not None and found.requires_grad
+    trained = (made := d.tensor(node)) is not None and made.requires_grad
     if trained and not has_gradient():
         return "this torch has no gradient for an all-reduce in a graph"
     gradient = "identity" if namespace(node) == "vllm" else "all_reduce"
@@ -90,15 +90,11 @@ def reduction_of(view: View, node: Node) -> Reduction | str:
     stand_ins = {node: reduced}
     if namespace(node) == "vllm":
         return Reduction(node, source, group, node, False, (node,), gradient, False, stand_ins)
-    waits = [n for n in node.users if d.raw_name(n) == "wait_tensor"]
-    if len(node.users) != 1 or len(waits) != 1:
-        return "the collective's result is not waited for once"
-    wait = waits[0]
-    between = view.nodes[view.position[node] + 1 : view.position[wait]]
-    if any(is_collective(n) for n in between):
-        return "another collective is started before this one is waited for: their order must stay"
+    found = waited(view, node)
+    if isinstance(found, str):
+        return found
+    wait, overlapped = found
     stand_ins[wait] = StandIn((node,), _same, "wait")
-    overlapped = any(n.op.startswith("call") and d.name(n) not in d.MOVEMENT for n in between)
     copies = [n for n in wait.users if d.name(n) == "copy" and d.operand(n, 1, "src") is wait]
     if not copies:
         return Reduction(node, source, group, wait, False, (node, wait), gradient, overlapped, stand_ins)
@@ -110,6 +106,17 @@ def reduction_of(view: View, node: Node) -> Reduction | str:
     if not d.mutates(copy):  # aten's functional graphs
         return Reduction(node, source, group, copy, False, nodes, gradient, overlapped, stand_ins)
     return Reduction(node, source, group, source, True, nodes, gradient, overlapped, stand_ins)
+
+
+def waited(view: View, node: Node) -> tuple[Node, bool] | str:
+    """The wait for a collective, and whether other work stands between the two; why there is no such pair."""
+    waits = [n for n in node.users if d.raw_name(n) == "wait_tensor"]
+    if len(node.users) != 1 or len(waits) != 1:
+        return "the collective's result is not waited for once"
+    between = view.nodes[view.position[node] + 1 : view.position[waits[0]]]
+    if any(is_collective(n) for n in between):
+        return "another collective is started before this one is waited for: their order must stay"
+    return waits[0], any(n.op.startswith("call") and d.name(n) not in d.MOVEMENT for n in between)
 
 
 def _same(value: Any) -> Any:

@@ -1,6 +1,6 @@
-"""The all-reduce of a fused op, over torch's process groups by name, or over pretended ones in a proof.
+"""The collectives of fused ops, over torch's process groups by name, or over pretended ones in a proof.
 
-It is functional: the input stays, the result is waited for.
+They are functional: the input stays, the result is waited for.
 """
 
 from __future__ import annotations
@@ -21,6 +21,26 @@ def all_reduce(value: torch.Tensor, group: str, gradient: str) -> torch.Tensor:
         result: torch.Tensor = _Sum.apply(value, group)  # type: ignore[no-untyped-call]
         return result
     return _sum(value, group)
+
+
+def all_gather(value: torch.Tensor, group: str, size: int) -> torch.Tensor:
+    """[n, ...] of each rank → [size · n, ...]."""
+    if pretend.size_of(group) is not None:
+        return pretend.all_gather(value, size)
+    library = torch.ops._c10d_functional
+    started = library.all_gather_into_tensor.default(value.contiguous(), size, group)
+    result: torch.Tensor = library.wait_tensor.default(started)
+    return result
+
+
+def reduce_scatter(value: torch.Tensor, group: str, size: int) -> torch.Tensor:
+    """[size · n, ...] → this rank's [n, ...] of the sum over ranks."""
+    if pretend.size_of(group) is not None:
+        return pretend.reduce_scatter(value, size)
+    library = torch.ops._c10d_functional
+    started = library.reduce_scatter_tensor.default(value.contiguous(), "sum", size, group)
+    result: torch.Tensor = library.wait_tensor.default(started)
+    return result
 
 
 def _sum(value: torch.Tensor, group: str) -> torch.Tensor:

@@ -7,7 +7,7 @@ bias is divided among the ranks before the sum while its own gradient is not: as
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -40,6 +40,9 @@ class Layout:
         placement = self.placements[0]
         return type(placement).__name__ == "Shard" and placement.dim % rank == dim % rank
 
+    def same(self, other: Layout) -> bool:
+        return self.placements == other.placements and self.group.same(other.group)
+
     @property
     def replicated(self) -> bool:
         return all(p.is_replicate() for p in self.placements)
@@ -66,12 +69,36 @@ def is_reduction(node: Node) -> bool:
 
 def reduction_of(view: View, node: Node) -> tuple[Reduction, Reduced] | str | None:
     """The reduction at this node and the product below it; the reason why it is none; None without a product."""
+    found = summed(node)
+    if not isinstance(found, Summed):
+        return found
+    gradient = "identity"
+    run = partial(pretend.all_reduce, size=found.group.size, gradient=gradient)
+    stand_ins = {**found.stand_ins, node: StandIn((found.source,), run, ("sum", gradient))}
+    reduction = Reduction(
+        node, found.source, found.group, found.value, False, found.nodes, gradient, False, stand_ins
+    )  # fmt: skip
+    return reduction, found.below
+
+
+@dataclass(frozen=True)
+class Summed:
+    """A Partial product that a redistribution sums over the ranks of a group, and what is read then."""
+
+    source: Node
+    group: Group
+    value: Node
+    nodes: tuple[Node, ...]
+    below: Reduced
+    stand_ins: dict[Node, StandIn]
+    """Of all nodes but the redistribution itself."""
+
+
+def summed(node: Node) -> Summed | str | None:
     source = node.args[0]
     assert isinstance(source, Node)
     product = product_of(source)
-    if product is None:
-        return None
-    if isinstance(product, str):
+    if product is None or isinstance(product, str):
         return product
     result = layout_of(source)
     assert result is not None
@@ -83,23 +110,22 @@ def reduction_of(view: View, node: Node) -> tuple[Reduction, Reduced] | str | No
     group = result.group
     if group.size == 1:
         return "the group has one rank: nothing is communicated"
-    found = _value(node)
+    found = value_of(node)
     if isinstance(found, str):
         return found
     value, behind = found
     stand_ins = {source: _product(product, group.size)}
-    gradient = "identity"
-    run = partial(pretend.all_reduce, size=group.size, gradient=gradient)
-    stand_ins[node] = StandIn((source,), run, ("sum", gradient))
-    stand_ins |= {n: StandIn((n.args[0],), _same, "same") for n in behind}  # type: ignore[arg-type]
-    x, before = _local(product.x)
-    stand_ins |= {n: StandIn((n.args[0],), _same, "same") for n in before}  # type: ignore[arg-type]
-    local = Product(
-        source, x, product.w, product.transposed, product.contracted, product.free, product.bias, product.nodes
-    )
-    reduction = Reduction(node, source, group, value, False, (node, *behind), gradient, False, stand_ins)
+    x, before = local_of(product.x)
+    stand_ins |= {n: same(n) for n in (*behind, *before)}
+    local = replace(product, x=x)
     parts = group.size if product.bias is not None else 1
-    return reduction, Reduced(local, (source,), (), product.bias, parts, (*before, *product.nodes))
+    below = Reduced(local, (source,), (), product.bias, parts, (*before, *product.nodes))
+    return Summed(source, group, value, (node, *behind), below, stand_ins)
+
+
+def same(node: Node) -> StandIn:
+    """What a node computes that only changes how a value is described."""
+    return StandIn((node.args[0],), _same, "same")  # type: ignore[arg-type]
 
 
 def _unfit(product: Product, result: Layout) -> str:
@@ -124,19 +150,26 @@ def _unfit(product: Product, result: Layout) -> str:
     return ""
 
 
-def _value(node: Node) -> tuple[Node, tuple[Node, ...]] | str:
-    """The node whose users see the sum, and the nodes between it and the reduction."""
-    users = list(node.users)
+def value_of(node: Node) -> tuple[Node, tuple[Node, ...]] | str:
+    """The node whose users see what `node` makes, and the nodes between it and `node`."""
     if layout_of(node) is None:
         return (node, ()) if not node.kwargs else "full_tensor is told another gradient"
-    if len(users) == 1 and d.raw_name(users[0]) == "to_local":
-        if users[0].kwargs.get("grad_placements") or len(users[0].args) > 1:
-            return "to_local is told another gradient"
-        return users[0], (users[0],)
-    return node, ()
+    value, behind = node, list[Node]()
+    while len(value.users) == 1:
+        user = next(iter(value.users))
+        before, after = layout_of(value), layout_of(user)
+        if d.raw_name(user) == "to_local":
+            if user.kwargs.get("grad_placements") or len(user.args) > 1:
+                return "to_local is told another gradient"
+            return user, (*behind, user)
+        if d.raw_name(user) != "redistribute" or before is None or after is None or not before.same(after):
+            break
+        behind.append(user)
+        value = user
+    return value, tuple(behind)
 
 
-def _local(x: Node) -> tuple[Node, tuple[Node, ...]]:
+def local_of(x: Node) -> tuple[Node, tuple[Node, ...]]:
     """The local tensor that x was made of, where nothing was moved since; else x itself."""
     node, passed = x, []
     while node.op.startswith("call") and d.raw_name(node) in ("redistribute", "from_local"):
@@ -147,7 +180,7 @@ def _local(x: Node) -> tuple[Node, tuple[Node, ...]]:
         if d.raw_name(node) == "from_local":
             return below, tuple(reversed(passed))
         before, after = layout_of(below), layout_of(node)
-        if before is None or after is None or before.placements != after.placements:
+        if before is None or after is None or not before.same(after):
             return x, ()
         node = below
     return x, ()
@@ -181,8 +214,8 @@ def _share(
     return torch.nn.functional.linear(x, w if transposed else w.t(), share)
 
 
-def wrap_like(local: torch.Tensor, like: Any) -> Any:
-    """A replicated DTensor on the mesh of `like`."""
-    from torch.distributed.tensor import DTensor, Replicate
+def wrap_like(local: torch.Tensor, like: Any, placements: tuple[Any, ...]) -> Any:
+    """A DTensor on the mesh of `like`, of which this rank holds `local`; alike in size on all ranks."""
+    from torch.distributed.tensor import DTensor
 
-    return DTensor.from_local(local, like.device_mesh, [Replicate()] * like.device_mesh.ndim, run_check=False)
+    return DTensor.from_local(local, like.device_mesh, placements, run_check=False)

@@ -2,7 +2,8 @@
 
 No error here stops a model that would run without npu_fuse, unless the user asked for that:
 `OptionError` and `TargetError` answer the options given, `StrictError` answers `strict=True`,
-`ShadowMismatch` answers `prove="shadow"` with `shadow_action="raise"`. A fault while recognising,
+`ShadowMismatch` answers `prove="shadow"` with `shadow_action="raise"`. `RanksDisagree` stands for a wait without
+end. A fault while recognising,
 proving or lowering one site leaves that site as it was and goes into the report.
 """
 
@@ -67,6 +68,13 @@ class ShadowMismatch(NpuFuseError):
     def __init__(self, message: str, *, dump: str | None = None, remedy: str = "") -> None:
         super().__init__(message, remedy=remedy)
         self.dump = dump
+
+
+class RanksDisagree(NpuFuseError):
+    """A rank compiles alone on NPUs, and no form of a collective goes with the kernels that the other ranks run.
+
+    Raised in place of ranks that wait for each other until their group's timeout.
+    """
 
 
 class CaptureError(NpuFuseError):

@@ -80,6 +80,20 @@ def reduction_of(node: Node) -> Reduction | str | None:
     return Reduction(node, operands[0], forward.group, users[0], False, nodes, gradient, False, stand_ins)
 
 
+def copied_over(node: Node) -> Group | None:
+    """The group of a function that gives back its argument, and whose gradient is the sum of the gradients."""
+    forward_body, backward_body = _body(node, 0), _body(node, 1)
+    operands = [a for a in node.args[2:] if isinstance(a, Node) and d.tensor(a) is not None]
+    if forward_body is None or backward_body is None or len(operands) != 1:
+        return None
+    if not any(is_all_reduce(n) for n in backward_body.graph.nodes):
+        return None
+    forward, backward = _result(forward_body), _result(backward_body)
+    if isinstance(forward, str) or isinstance(backward, str) or forward.holds != ARGUMENT or backward.holds != SUM:
+        return None
+    return backward.group
+
+
 def _nothing() -> None:
     return None
 

@@ -16,7 +16,7 @@ from torch.fx import GraphModule, Node
 
 from npu_fuse import dialect as d
 from npu_fuse.aten import AtenEmitter, Decompositions
-from npu_fuse.emit import GraphEmitter
+from npu_fuse.emit_graph import GraphEmitter
 from npu_fuse.sites import Form, Site
 from npu_fuse.targets import Target
 from npu_fuse.view import View, same_size

@@ -7,13 +7,15 @@ of aclnnMatmulAllReduce(V2), aclnnMatmulReduceScatter, aclnnAllGatherMatmul.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 
 from npu_fuse import dialect as d
 from npu_fuse import groups, pretend
+from npu_fuse.products import Product
 from npu_fuse.report import Status
 from npu_fuse.sites import Refusal, Site
 from npu_fuse.targets import Target
@@ -26,31 +28,44 @@ def _on_npu(value: torch.Tensor) -> bool:
     return value.device.type == "npu"
 
 
-def runs_fused(x1: torch.Tensor, min_rows: int, group: str) -> bool:
-    """Asked in the call, where a length is known: enough rows on an NPU, and no capture in which the communicator
-    would have to be made first (making it copies to the host, which a capture forbids)."""
+def runs_fused(x1: torch.Tensor, rows: Any, min_rows: int, group: str) -> bool:
+    """Asked in the call, where a length is known: enough rows on an NPU, and a communicator that is there.
+
+    All of it is alike on all ranks: rows of a collective are, and communicators are made where graphs are compiled,
+    when all ranks have agreed. Where one is missing (the group was made anew since), it is missing everywhere.
+    """
     if not _on_npu(x1) or pretend.size_of(group) is not None:
         return False
-    rows = x1.numel() // max(1, x1.shape[-1])
-    npu: Any = torch.npu  # type: ignore[attr-defined]
-    return rows >= min_rows and (groups.has_communicator(group) or not npu.is_current_stream_capturing())
+    return bool(rows >= min_rows) and groups.has_communicator(group)
 
 
-def refusal(
-    name: str, op: str, site: Site, target: Target, chips: Sequence[str], sizes: Sequence[int]
-) -> Refusal | None:
+CHIPS: Mapping[str, Mapping[str, tuple[int, ...]]] = {
+    "npu_mm_all_reduce_base": {"A2": (2, 4, 8)},
+    "npu_mm_reduce_scatter_base": {"A2": (2, 4, 8), "A3": (2, 4, 8, 16, 32)},
+    "npu_all_gather_base_mm": {"A2": (2, 4, 8), "A3": (2, 4, 8, 16, 32)},
+}
+"""The families that run an op, and the numbers of ranks that it takes there."""
+INNER = (256, 65535)
+"""The width that is summed over is at least the first and below the second, with scattered or gathered rows."""
+
+
+def refusal(name: str, op: str, site: Site, target: Target) -> Refusal | None:
     """A limit of the op that the site breaks on this chip."""
     group: groups.Group = site.facts["group"]
     result = d.tensor(site.output)
+    chips = CHIPS[op]
     if target.soc is not None and target.generation not in chips:
         chip = f"{target.soc} ({target.generation})" if target.generation else target.soc
         return _refused(name, "soc", f"{op} runs on {' and '.join(chips)} only, the chip is {chip}")
+    sizes = chips.get(target.generation, next(iter(chips.values())))
     if group.size not in sizes:
         counts = ", ".join(map(str, sizes))
         return _refused(name, "ranks", f"{op} takes groups of {counts} ranks, this one has {group.size}")
     if result is None or result.dtype not in DTYPES:
         dtype = "no tensor" if result is None else str(result.dtype)
         return _refused(name, "dtype", f"{op} takes float16 and bfloat16, the product is {dtype}")
+    if target.present and not target.has(op):
+        return _refused(name, "release", f"this torch_npu has no op {op}; a newer release has")
     if not groups.speaks_hccl(group.name):
         return _refused(name, "backend", f"{op} communicates through HCCL, and the group has another backend")
     claimed = groups.claimed()
@@ -60,9 +75,48 @@ def refusal(
     return None
 
 
+def rows_refusal(name: str, op: str, site: Site, backward: bool) -> Refusal | None:
+    """Limits of the ops that scatter or gather rows; `backward`: its gradient takes one of them, too."""
+    product: Product = site.facts["product"]
+    if site.facts["bias"]:
+        return _refused(name, "bias", f"{op} adds no bias, and added apart it would be rounded once more")
+    inner, outer = widths(product)
+    result = d.tensor(site.output)
+    trained = backward and result is not None and result.requires_grad
+    for width, what in ((inner, "the product"), *(((outer, "the product of its backward"),) if trained else ())):
+        if width is None or not INNER[0] <= width < INNER[1]:
+            limits = f"{INNER[0]} to {INNER[1] - 1}"
+            return _refused(name, "width", f"{op} sums over {limits} columns, {what} over {width or 'a symbol'}")
+    return None
+
+
+def widths(product: Product) -> tuple[int | None, int | None]:
+    """K and N of this rank's weight; None where one is a symbol."""
+    weight = d.local(product.w)
+    assert weight is not None
+    sizes = [static(size) for size in weight.shape[-product.contracted - product.free :]]
+    first, last = sizes[: product.free], sizes[product.free :]
+    if not product.transposed:
+        first, last = sizes[product.contracted :], sizes[: product.contracted]
+    inner, outer = (None if None in part else math.prod(part) for part in (last, first))  # type: ignore[arg-type]
+    return inner, outer
+
+
+def overlapped(name: str) -> Refusal:
+    reason = "the code works between the collective and its wait: fused, that work would wait"
+    return Refusal(Status.REFUSED_BY_PROFIT, f"{name}.overlapped", reason)
+
+
+def pool(size: int) -> tuple[int, ...]:
+    """Sizes for proofs, all of which can be scattered over that many ranks."""
+    return tuple(size * factor for factor in (2, 3, 5, 1, 4, 7))
+
+
 def too_few_rows(name: str, site: Site, target: Target) -> Refusal | None:
     """A length that is not known before the call is compared inside the op."""
     rows = rows_of(site)
+    if rows is not None:
+        rows *= int(site.facts.get("gathered", 1))
     if rows is None or rows >= target.min_rows:
         return None
     reason = f"{rows} rows are fewer than {target.min_rows}, from which on fusing pays (option mc2_min_rows)"

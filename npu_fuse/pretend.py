@@ -1,10 +1,11 @@
 """Collectives in a proof: one process stands for all ranks, and nothing is communicated.
 
 A proof must not wait for other ranks (one may have its proof in a cache), nor depend on what they hold. So the
-group is pretended: rank r's part of a sum is this rank's, its elements rolled by r in the order of memory, which
-views do not change. A sum over ranks, its gradient, a bias added once per rank or once at
-all, an activation before or behind the sum: each gives other numbers, as it would on a real group. What a
-pretended group cannot show, that the ranks do what this file says, is shown by tests on real process groups.
+group is pretended: rank r's part of a sum or of a gathered value is this rank's, its elements rolled by r in the
+order of memory, which views do not change; this rank is rank 0, and keeps the first part of a scattered sum. A sum
+over ranks, its gradient, a bias added once per rank or once at all, an activation before or behind the sum: each
+gives other numbers, as it would on a real group. What a pretended group cannot show, that the ranks do what this file
+says, is shown by tests on real process groups.
 """
 
 from __future__ import annotations
@@ -49,4 +50,68 @@ class _AllReduce(torch.autograd.Function):
 def all_reduce(value: torch.Tensor, size: int, gradient: str) -> torch.Tensor:
     """gradient: "all_reduce" where the graph's backward reduces again, "identity" where it does not."""
     result: torch.Tensor = _AllReduce.apply(value, size, gradient)  # type: ignore[no-untyped-call]
+    return result
+
+
+def gathered(value: torch.Tensor, size: int) -> torch.Tensor:
+    """All ranks' values along dimension 0: [n, ...] → [size · n, ...]."""
+    flat = value.reshape(-1)
+    return torch.cat([flat.roll(rank).view(value.shape) for rank in range(size)])
+
+
+def scattered(value: torch.Tensor, size: int) -> torch.Tensor:
+    """This rank's part of the sum along dimension 0: [size · n, ...] → [n, ...]."""
+    if value.shape[0] % size:
+        raise ValueError(f"{value.shape[0]} rows cannot be scattered over {size} ranks")
+    return summed(value, size)[: value.shape[0] // size]
+
+
+class _AllGather(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, value: torch.Tensor, size: int) -> torch.Tensor:
+        ctx.size = size
+        return gathered(value, size)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> Any:  # type: ignore[override, unused-ignore]
+        return scattered(grad, ctx.size), None
+
+
+class _ReduceScatter(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, value: torch.Tensor, size: int) -> torch.Tensor:
+        ctx.size = size
+        return scattered(value, size)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> Any:  # type: ignore[override, unused-ignore]
+        return gathered(grad, ctx.size), None
+
+
+def all_gather(value: torch.Tensor, size: int, dim: int = 0) -> torch.Tensor:
+    """[1, …, n, …] → [1, …, size · n, …] along `dim`, before which all is 1; the gradient is summed and scattered."""
+    result: torch.Tensor = _AllGather.apply(value.reshape(value.shape[dim:]), size)  # type: ignore[no-untyped-call]
+    return result.reshape(value.shape[:dim] + result.shape)
+
+
+def reduce_scatter(value: torch.Tensor, size: int, dim: int = 0) -> torch.Tensor:
+    """[1, …, size · n, …] → [1, …, n, …] along `dim`, before which all is 1; the gradient is gathered."""
+    result: torch.Tensor = _ReduceScatter.apply(value.reshape(value.shape[dim:]), size)  # type: ignore[no-untyped-call]
+    return result.reshape(value.shape[:dim] + result.shape)
+
+
+class _Copied(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, value: torch.Tensor, size: int) -> torch.Tensor:
+        ctx.size = size
+        return value.view_as(value)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> Any:  # type: ignore[override, unused-ignore]
+        return summed(grad, ctx.size), None
+
+
+def copied(value: torch.Tensor, size: int) -> torch.Tensor:
+    """The value; its gradient is summed over ranks."""
+    result: torch.Tensor = _Copied.apply(value, size)  # type: ignore[no-untyped-call]
     return result

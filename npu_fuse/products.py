@@ -8,7 +8,7 @@ no product here.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -91,6 +91,26 @@ def product_of(node: Node) -> Product | str | None:
         return "what is added to the product is no vector"
     x, w = d.operand(node, 0, "input", node.kwargs.get("self")), d.operand(node, 1, "other", node.kwargs.get("mat2"))
     return _one_weight(node, x, w) if _rank(w) == 3 else _checked(node, x, w, False, None)
+
+
+def untransposed(product: Product) -> Product:
+    """The product with the weight itself, where a transposed view of one was given."""
+    w = product.w
+    if product.contracted != 1 or product.free != 1 or _rank(w) != 2 or not w.op.startswith("call"):
+        return product
+    source = d.unary(w)
+    plain = d.name(w) == "t" or (d.name(w) in ("transpose", "permute", "movedim") and _swaps(w))
+    if not plain or not isinstance(source, Node) or d.tensor(source) is None:
+        return product
+    return replace(product, w=source, transposed=not product.transposed, nodes=(w, *product.nodes))
+
+
+def _swaps(node: Node) -> bool:
+    """The two dimensions of a matrix change places."""
+    first = node.args[1] if len(node.args) > 1 else ()
+    given = first if isinstance(first, (tuple, list)) else node.args[1:]
+    dims = [a % 2 for a in given if isinstance(a, int)]
+    return dims == [1, 0] or (d.name(node) != "permute" and dims == [0, 1])
 
 
 def _rank(node: Any) -> int:

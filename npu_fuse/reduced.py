@@ -72,6 +72,15 @@ def find(view: View, source: object, reader: Node) -> Reduced | str | None:
     return None
 
 
+def keeps_rows(below: Reduced, product: Product) -> bool:
+    """What follows the product leaves its columns as they are."""
+    result = d.tensor(product.node)
+    assert result is not None
+    columns = result.shape[result.dim() - product.free :]
+    moved = [d.tensor(node) for node in below.moves]
+    return all(m is not None and same_shape(m.shape[m.dim() - product.free :], columns) for m in moved)
+
+
 def _stays(node: Node) -> bool:
     """The same elements in the same shape and order once more."""
     name = d.name(node)

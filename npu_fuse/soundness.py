@@ -103,7 +103,8 @@ def _writes(view: View, site: Site) -> tuple[str, str] | None:
                 return "write.alias", f"{alias.name} shares memory that the site writes"
             if alias in region and alias is not site.output and any(u not in region for u in alias.users):
                 return "write.alias", f"{alias.name} is read elsewhere after the site wrote it"
-    if any(user not in region and view.position[user] < last for user in site.output.users):
+    written = not site.extra_outputs or view.storage.get(site.output, -1) in view.mutations
+    if written and any(user not in region and view.position[user] < last for user in site.output.users):
         return "write.read", f"{site.output.name} is read before the site has written all of it"
     return None
 

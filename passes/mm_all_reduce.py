@@ -21,7 +21,6 @@ from torch.fx import Node
 from npu_fuse import collectives, communicate, dtensors, functions, groups, mc2, ops, products, reduced
 from npu_fuse import dialect as d
 from npu_fuse.emit import Emitter
-from npu_fuse.report import Status
 from npu_fuse.sites import Form, Miss, Refusal, Rule, Site
 from npu_fuse.targets import Target
 from npu_fuse.view import View
@@ -39,7 +38,7 @@ def _forward(
 ) -> torch.Tensor:  # fmt: skip
     """x1 [..., K], x2 [K, N], bias [N] of which each rank adds one of `bias_parts` → the sum over ranks [..., N]."""
     part = bias if bias is None or bias_parts == 1 else bias / bias_parts
-    if mc2.runs_fused(x1, min_rows, group):
+    if mc2.runs_fused(x1, x1.numel() // max(1, x1.shape[-1]), min_rows, group):
         flat = x1 if x1.dim() in (2, 3) else x1.reshape(-1, x1.shape[-1])
         call = torch.ops.npu.npu_mm_all_reduce_base.default
         made: torch.Tensor = call(flat, x2, groups.communicator(group), reduce_op="sum", bias=part)
@@ -156,13 +155,15 @@ def _site(view: View, reduction: collectives.Reduction, below: reduced.Reduced) 
     wrapped = dtensors.layout_of(value) is not None
 
     def emit(e: Emitter, env: Mapping[Node, Any]) -> Any:
+        from torch.distributed.tensor import Replicate
+
         x1, x2, bias = replace(product, bias=below.bias).operands(e, env, result.dtype)
         name, rows = e.group(reduction.group), e.target.min_rows
         y = e.fused(NAME, e.dense(x1), x2, bias, name, below.bias_parts, gradient, rows)
         y = product.shaped(e, y, env)
         for move in moves:
             y = e.moved(move, y)
-        return e.replicated(y, env[product.w]) if wrapped else y
+        return e.wrapped(y, env[product.w], (Replicate(),)) if wrapped else y
 
     inputs = tuple(dict.fromkeys(n for n in (product.x, product.w, below.bias) if n is not None))
     size = reduction.group.size
@@ -206,10 +207,9 @@ def _value(view: View, reduction: collectives.Reduction, below: reduced.Reduced)
 def limits(site: Site, form: Form, target: Target) -> Refusal | None:
     """npu_mm_all_reduce_base: chips, ranks, dtypes (torch_npu's document, aclnnMatmulAllReduceV2), and what pays."""
     if site.facts["overlapped"]:
-        reason = "the code works between the collective and its wait: fused, that work would wait"
-        return Refusal(Status.REFUSED_BY_PROFIT, f"{NAME}.overlapped", reason)
+        return mc2.overlapped(NAME)
     if target.name == "npu":
-        refused = mc2.refusal(NAME, OP, site, target, ("A2",), (2, 4, 8))
+        refused = mc2.refusal(NAME, OP, site, target)
         if refused is not None:
             return refused
     return mc2.too_few_rows(NAME, site, target)

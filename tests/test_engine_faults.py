@@ -13,7 +13,7 @@ from rules import helpers
 from rules.blocks import WIDTH, Block, compiled, rms, same_training, sites, statuses, values
 
 import npu_fuse
-from npu_fuse import emit, proofs, prove
+from npu_fuse import emit_graph, proofs, prove
 from npu_fuse.report import Status
 
 backend: Any = importlib.import_module("npu_fuse.backend")
@@ -58,7 +58,7 @@ def test_a_proof_that_throws_refuses_the_site(monkeypatch):
 @pytest.mark.parametrize("after", [0, 1, 2])
 def test_a_lowering_that_throws_leaves_the_graph_as_it_was(monkeypatch, after):
     calls = []
-    original = emit.GraphEmitter.call
+    original = emit_graph.GraphEmitter.call
 
     def throw(self, *args, **kwargs):
         calls.append(args)
@@ -66,7 +66,7 @@ def test_a_lowering_that_throws_leaves_the_graph_as_it_was(monkeypatch, after):
             raise KeyError("the lowering's own mistake")
         return original(self, *args, **kwargs)
 
-    monkeypatch.setattr(emit.GraphEmitter, "call", throw)
+    monkeypatch.setattr(emit_graph.GraphEmitter, "call", throw)
     model = Block()
     same_training(model, compiled(model), values())
     faults = [s for s in sites() if s.status is Status.ERROR]

@@ -13,7 +13,10 @@ import torch
 import npu_fuse
 from npu_fuse.report import Status, clear_reports
 
-COLLECTIVES = ("all_reduce", "mm_all_reduce", "reduce_scatter_tensor", "all_gather_into_tensor")
+COLLECTIVES = (
+    "all_reduce", "mm_all_reduce", "reduce_scatter_tensor", "mm_reduce_scatter", "all_gather_into_tensor",
+    "all_gather_mm",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)

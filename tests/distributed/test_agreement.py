@@ -151,7 +151,7 @@ def test_graphs_and_caches_differ(outcomes: Any, name: str) -> None:
 
 def test_what_one_rank_cannot_fuse_no_rank_fuses(outcomes: Any) -> None:
     (first,), seconds = outcomes[0]["one_rank_cannot"]
-    assert first == ("missed", "another rank leaves this collective as it is") and seconds < TIMEOUT
+    assert first[0] == "missed" and first[1].startswith("another rank leaves this collective") and seconds < TIMEOUT
     assert outcomes[1]["one_rank_cannot"][0][0][0] == "missed"
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from . import forms, ranks
+from . import copied_forms, forms, ranks
 from .judge import Outcome, compare
 
 pytestmark = pytest.mark.distributed
@@ -45,6 +45,9 @@ def every_form(rank: int, world: int) -> dict[tuple[str, str], Outcome]:
         found[name, "autocast"] = compare(forms.FUSED[name], lambda: inputs(rank, torch.float32), True, autocast=True)
     for name, (function, _) in forms.NEAR.items():
         found[name, ""] = compare(function, lambda: inputs(rank, torch.float32), name not in NO_GRADIENT)
+    for name, (function, _) in copied_forms.COPIED.items():
+        for mode, (dtype, train) in MODES.items():
+            found[name, mode] = compare(function, lambda d=dtype: inputs(rank, d), train)
     return found
 
 
@@ -63,11 +66,28 @@ def test_fused(outcomes: Any, name: str, mode: str) -> None:
     for rank, found in enumerate(outcomes):
         outcome = found[name, mode]
         assert not outcome.errors
-        assert {s[:2] for s in outcome.sites} == {("mm_all_reduce", "fused")}, (rank, outcome.sites)
+        copied = name == "megatron_layer" and MODES.get(mode, ("", True))[1]  # the column-parallel part
+        assert {s[:2] for s in outcome.sites} == {
+            ("mm_all_reduce", "fused"), *([("mm_copied", "fused")] if copied else [])
+        }, (rank, outcome.sites)  # fmt: skip
         close = CLOSE[torch.bfloat16 if mode in ("bf16 training", "autocast") else torch.float32]
         assert max(outcome.differences) <= close, (rank, outcome.differences)
         assert sum(outcome.before.values()) == sum(outcome.after.values()), (outcome.before, outcome.after)
         assert outcome.after["mm_all_reduce"] == len(outcome.sites)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("name", copied_forms.COPIED)
+def test_gradients_of_copies(outcomes: Any, name: str, mode: str) -> None:
+    """The gradient of one product and its sum are one call; of several products they are not."""
+    for rank, found in enumerate(outcomes):
+        outcome = found[name, mode]
+        sites = copied_forms.COPIED[name][1] if MODES[mode][1] else 0
+        assert not outcome.errors
+        assert [s[:2] for s in outcome.sites if s[1] == "fused"] == [("mm_copied", "fused")] * sites, outcome.sites
+        assert max(outcome.differences) <= CLOSE[MODES[mode][0]], (rank, outcome.differences)
+        assert outcome.after["mm_all_reduce"] == sites
+        assert sum(outcome.before.values()) == sum(outcome.after.values()), (outcome.before, outcome.after)
 
 
 @pytest.mark.parametrize("name", forms.NEAR)

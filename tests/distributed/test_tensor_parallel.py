@@ -144,16 +144,17 @@ def test_row_parallel_layers_are_fused(outcomes: Any, name: str, train: bool, le
             continue
         outcome = found[name, train, lengths]
         assert not outcome.errors
-        assert [s[:2] for s in outcome.sites] == [("mm_all_reduce", "fused")] * lengths, outcome.sites
+        assert [s[:2] for s in outcome.sites if s[0] == "mm_all_reduce"] == [("mm_all_reduce", "fused")] * lengths
+        assert [s[:2] for s in outcome.sites if s[0] == "mm_copied"] == [("mm_copied", "fused")] * train
         assert max(outcome.differences) <= 1e-6, outcome.differences
         assert sum(outcome.before.values()) == sum(outcome.after.values()), (outcome.before, outcome.after)
-        assert outcome.after["mm_all_reduce"] == lengths
+        assert outcome.after["mm_all_reduce"] == lengths + train  # and the gradient of the column-parallel layer
 
 
 @pytest.mark.parametrize("name", [*NEAR, "other dimension"])
 def test_left_alone(outcomes: Any, name: str) -> None:
     reason = "not the sharded one" if name == "other dimension" else NEAR[name][2]
     for found in outcomes:
-        assert found[name].fused == 0 and not found[name].errors
-        assert max(found[name].differences) == 0.0
+        assert not any(s[1] == "fused" for s in found[name].sites if s[0] != "mm_copied") and not found[name].errors
+        assert max(found[name].differences) <= 1e-6
         assert not reason or any(re.search(reason, s[2]) for s in found[name].sites), found[name].sites
