@@ -9,9 +9,14 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
+from filelock import FileLock
+
 PRELOADED = ["torch", "torch.distributed.tensor", "torch._dynamo", "torch._inductor.compile_fx", "npu_fuse.backend"]
+ALONE = Path(tempfile.gettempdir()) / "npu_fuse_ranks.lock"
+"""Workers of pytest-xdist take turns: ranks that compete for cores run into their groups' timeouts."""
 LIMIT = 500.0
 """Seconds for one run; the machine may be busy."""
 
@@ -31,7 +36,7 @@ def run(
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOADED)
     results: Any = context.Queue()
-    with tempfile.TemporaryDirectory() as folder:
+    with FileLock(ALONE), tempfile.TemporaryDirectory() as folder:
         started = [
             context.Process(target=_rank, args=(rank, world, f"{folder}/store", timeout, results, work, args))
             for rank in range(world)
