@@ -14,7 +14,7 @@ from importlib import metadata, util
 from typing import Any
 
 from npu_fuse.findings import Finding
-from npu_fuse.handoff_choice import task_queue_level
+from npu_fuse.task_queue import task_queue_level
 
 EXPANSION_MODES = ("AI_CPU", "AIV", "HOST", "HOST_TS", "CCU_MS", "CCU_SCHED")
 """Of HCCL's document of HCCL_OP_EXPANSION_MODE; the last two on Ascend 950 only."""

@@ -9,13 +9,12 @@ from __future__ import annotations
 
 import importlib
 import logging
-import os
 import sys
 from dataclasses import dataclass
-from typing import Any
 
 from npu_fuse.options import Options
 from npu_fuse.targets import Target
+from npu_fuse.task_queue import task_queue_level
 
 logger = logging.getLogger("npu_fuse")
 _told: set[str] = set()
@@ -82,17 +81,6 @@ def refusal(name: str) -> str:
                 " install the triton-ascend that goes with this torch_npu, or use npugraph_ex"
             )
     return ""
-
-
-def task_queue_level() -> str:
-    """ "0", "1" or "2": at run time since torch_npu 2.13, before that the environment's. Blocking launches are 0."""
-    if os.environ.get("ASCEND_LAUNCH_BLOCKING") == "1":
-        return "0"
-    npu: Any = getattr(sys.modules.get("torch"), "npu", None)
-    try:
-        return str(npu.get_task_queue_enable())
-    except Exception:
-        return os.environ.get("TASK_QUEUE_ENABLE", "1")
 
 
 def _registered() -> list[str]:
