@@ -15,8 +15,9 @@ with contextlib.suppress(ImportError, OSError):
     import torch  # noqa: F401
 
     from npu_fuse.backend import backend
+    from npu_fuse.expert_report import ExpertsReport
     from npu_fuse.explain import ExplainReport, explain
-    from npu_fuse.group_experts import ExpertsReport, group_experts, ungroup_experts
+    from npu_fuse.group_experts import group_experts, ungroup_experts
     from npu_fuse.integrations.vllm import vllm_pass
 
 __all__ = [

@@ -19,9 +19,10 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_flatten
 
+from npu_fuse.accuracy import FLOAT64_TOLERANCE, Errors, Fails, accurate, facts_of, measure, relative
 from npu_fuse.block_inputs import Example, Signature, make
 from npu_fuse.probes import SEED, Probe
-from npu_fuse.prove import FLOAT64_TOLERANCE, Errors, Fails, accurate, facts_of, isolated, measure, relative
+from npu_fuse.prove import isolated
 from npu_fuse.report import ProofFacts
 
 Call = Callable[[nn.Module, Example], Any]

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from npu_fuse import __version__
-from npu_fuse.cli_device import verify_device
+from npu_fuse.cli_device import doctor, verify_device
 from npu_fuse.errors import NpuFuseError
 
 if TYPE_CHECKING:
@@ -48,6 +48,7 @@ def main() -> None:
         os.environ[name] = "1"
 
 
+main.add_command(doctor)
 main.add_command(verify_device)
 
 
@@ -141,38 +142,6 @@ def chips(models: tuple[str, ...], chips: tuple[str, ...], as_json: bool, **sett
         click.echo(line)
     for reason in chip_table.reasons(found):
         click.echo(f"  {reason}")
-
-
-@main.command()
-@click.option("--json", "as_json", is_flag=True, help="Print JSON, not lines.")
-@click.option("--no-probe", is_flag=True, help="Start no child process: only look at this one and its environment.")
-@click.option(
-    "--verl",
-    "run",
-    metavar="CONFIG_OR_OVERRIDES",
-    help="Answer the tuning guide for a verl run instead: a launch script, a YAML file, or overrides.",
-)
-def doctor(run: str | None, as_json: bool, no_probe: bool) -> None:
-    """Say what on this machine keeps npu_fuse from working, or from being fast."""
-    import json
-    from dataclasses import asdict
-
-    from npu_fuse.doctor import doctor as look
-    from npu_fuse.integrations.verl_doctor import verl_doctor
-
-    try:
-        findings = look(probe=not no_probe) if run is None else verl_doctor(run)
-    except NpuFuseError as error:
-        click.echo(f"npu-fuse: {error}", err=True)
-        sys.exit(2)
-    broken = any(finding.level == "error" for finding in findings)
-    if as_json:
-        click.echo(json.dumps({"broken": broken, "findings": [asdict(finding) for finding in findings]}, indent=2))
-    else:
-        for finding in findings:
-            click.echo(str(finding))
-    if broken:
-        sys.exit(1)
 
 
 # ----------------------------------------------------------------------------------------------------- check

@@ -1,4 +1,4 @@
-"""`npu-fuse verify-device`."""
+"""`npu-fuse doctor` and `npu-fuse verify-device`: what the machine is, and what its NPU really does."""
 
 from __future__ import annotations
 
@@ -57,4 +57,36 @@ def verify_device(only: tuple[str, ...], report: str | None, limits: str | None,
         device_limits.write(limits, machine["soc"], refused)
         click.echo(f"{len(refused)} ops and dtypes to leave alone: NPU_FUSE_LIMITS={limits}")
     if any(check.bad for check in found):
+        sys.exit(1)
+
+
+@click.command()
+@click.option("--json", "as_json", is_flag=True, help="Print JSON, not lines.")
+@click.option("--no-probe", is_flag=True, help="Start no child process: only look at this one and its environment.")
+@click.option(
+    "--verl",
+    "run",
+    metavar="CONFIG_OR_OVERRIDES",
+    help="Answer the tuning guide for a verl run instead: a launch script, a YAML file, or overrides.",
+)
+def doctor(run: str | None, as_json: bool, no_probe: bool) -> None:
+    """Say what on this machine keeps npu_fuse from working, or from being fast."""
+    import json
+    from dataclasses import asdict
+
+    from npu_fuse.doctor import doctor as look
+    from npu_fuse.integrations.verl_doctor import verl_doctor
+
+    try:
+        findings = look(probe=not no_probe) if run is None else verl_doctor(run)
+    except NpuFuseError as error:
+        click.echo(f"npu-fuse: {error}", err=True)
+        sys.exit(2)
+    broken = any(finding.level == "error" for finding in findings)
+    if as_json:
+        click.echo(json.dumps({"broken": broken, "findings": [asdict(finding) for finding in findings]}, indent=2))
+    else:
+        for finding in findings:
+            click.echo(str(finding))
+    if broken:
         sys.exit(1)

@@ -12,7 +12,7 @@ import inspect
 import logging
 import types
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -24,46 +24,15 @@ from npu_fuse.block_proof import BlockVerdict, prove_block
 from npu_fuse.errors import OptionError
 from npu_fuse.expert_holders import Holder, holders, likely
 from npu_fuse.expert_params import alike
+from npu_fuse.expert_report import BlockReport, ExpertsReport
 from npu_fuse.passes.grouped_matmul import MAX_LIST
-from npu_fuse.report import ProofFacts, Status
+from npu_fuse.report import Status
 from npu_fuse.untouched import model_untouched
 
 logger = logging.getLogger("npu_fuse")
 MARK = "_npu_fuse_ungrouped"
 SIZES = ((2, 3), (5, 7))
 """Two sizes of input that no number of a block is likely to be a multiple of in both."""
-
-
-@dataclass(frozen=True)
-class BlockReport:
-    """What became of one block of experts. `path` is "" for the model itself."""
-
-    path: str
-    status: Status
-    reason: str = ""
-    experts: int = 0
-    k: int = 0
-    modes: tuple[str, ...] = ()
-    """Of "eval", "train", "autocast": where the grouped form is used; elsewhere the block runs as it was."""
-    source: str = ""
-    """The grouped form, as Python."""
-    proof: ProofFacts | None = None
-    notes: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True)
-class ExpertsReport:
-    """Every block of experts that was found."""
-
-    blocks: tuple[BlockReport, ...] = field(default=())
-
-    def __str__(self) -> str:
-        lines = [f"{len([b for b in self.blocks if b.status is Status.FUSED])} of {len(self.blocks)} blocks grouped"]
-        for block in self.blocks:
-            how = f"{block.experts} experts, k {block.k}, {'/'.join(block.modes)}" if block.modes else block.reason
-            lines.append(f"  {block.path or '(the model)'}: {block.status}: {how}")
-            lines += [f"    {note}" for note in block.notes]
-        return "\n".join(lines)
 
 
 def group_experts(model: nn.Module, *, numerics: str = "fused") -> ExpertsReport:

@@ -15,6 +15,7 @@ from torch.fx import Node
 
 from npu_fuse import gates as g
 from npu_fuse import glu, ops
+from npu_fuse.activations import SILU
 from npu_fuse.emit import Emitter
 from npu_fuse.sites import Miss, Rule, Site
 from npu_fuse.view import View
@@ -130,7 +131,7 @@ def recognise(view: View) -> list[Site | Miss]:
     return [
         glu.site_of(view, NAME, gate, *_calls(gate), interleaved_ok=True, key=_key(gate))
         for gate in g.gates(view)
-        if isinstance(gate, g.Gate) and gate.kind == g.SILU and not gate.plain
+        if isinstance(gate, g.Gate) and gate.kind == SILU and not gate.plain
     ]
 
 

@@ -14,7 +14,7 @@ from torch.fx import Node
 
 from npu_fuse import algebra, ops
 from npu_fuse import dialect as d
-from npu_fuse import gates as g
+from npu_fuse.activations import SILU, activation_of
 from npu_fuse.emit import Emitter
 from npu_fuse.limits import on_npu
 from npu_fuse.report import Status
@@ -56,8 +56,8 @@ def recognise(view: View) -> list[Site | Miss]:
     for node in view.nodes:
         if not node.op.startswith("call") or d.name(node) != "mul" or node in view.claimed:
             continue
-        act = g.activation_of(view, node)
-        if act is None or act.kind != g.SILU or act.alpha != ALPHA:
+        act = activation_of(view, node)
+        if act is None or act.kind != SILU or act.alpha != ALPHA:
             continue
         x, inside = view.exact(act.x, node), frozenset(act.nodes)
         region = algebra.between(view, [node], [x], _only(inside))

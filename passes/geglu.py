@@ -15,6 +15,7 @@ from torch.fx import Node
 
 from npu_fuse import gates as g
 from npu_fuse import glu, ops
+from npu_fuse.activations import GELU_TANH, SILU
 from npu_fuse.emit import Emitter, item
 from npu_fuse.sites import Miss, Rule, Site
 from npu_fuse.view import View
@@ -154,12 +155,12 @@ ops.differentiable("geglu_apart", _backward_apart, _setup_apart)
 def recognise(view: View) -> list[Site | Miss]:
     found: list[Site | Miss] = []
     for gate in g.gates(view):
-        if isinstance(gate, tuple) or gate.kind == g.SILU:
+        if isinstance(gate, tuple) or gate.kind == SILU:
             continue
         if not gate.plain:
             found.append(Miss(NAME, gate.output, "geglu.clamp", "the gate is clamped or scaled, the op does neither"))
             continue
-        approximate = 1 if gate.kind == g.GELU_TANH else 0
+        approximate = 1 if gate.kind == GELU_TANH else 0
         trained = glu.is_trained(gate)
         calls = _calls(approximate, trained)
         found.append(glu.site_of(view, NAME, gate, *calls, interleaved_ok=False, key=(approximate, trained)))

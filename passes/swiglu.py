@@ -16,6 +16,7 @@ from torch.fx import Node
 
 from npu_fuse import gates as g
 from npu_fuse import glu, ops
+from npu_fuse.activations import SILU
 from npu_fuse.emit import Emitter
 from npu_fuse.sites import Miss, Rule, Site
 from npu_fuse.view import View
@@ -77,7 +78,7 @@ def recognise(view: View) -> list[Site | Miss]:
     for gate in g.gates(view):
         if isinstance(gate, tuple):
             found.append(Miss("clipped_swiglu", gate[0], "clipped_swiglu.clamp", gate[1]))
-        elif gate.kind == g.SILU and gate.plain:
+        elif gate.kind == SILU and gate.plain:
             found.append(glu.site_of(view, NAME, gate, _merged, _call_apart, interleaved_ok=False, key=()))
     return found
 
