@@ -25,6 +25,7 @@ BOUND = {"float32": 1e-4, "bfloat16": 0.25}
 Measured: 0 on stock vLLM in bfloat16, 0.11 on the platform that runs each operation by itself."""
 
 LLAMA = {"rotary_mul": 4, "swiglu": 2}
+STATES = ("plain", "fused")
 NORMS = {"llama": 5, "qwen3": 9, "gemma3": 13}
 
 
@@ -163,3 +164,15 @@ def test_explain_starts_an_engine_on_a_tiny_model_of_that_architecture(tmp_path)
     report = json.loads(done.stdout)
     assert report["totals"]["fused"] == {"rms_norm": 9, "rotary_mul": 4, "swiglu": 2}
     assert report["totals"]["by_status"] == {"fused": 15}
+
+
+def test_actor_and_rollout_agree_as_they_did(tmp_path):
+    """In float32 all four comparisons are rounding; the fused rollout is another program than the plain one."""
+    command = [sys.executable, "-m", "npu_fuse.cli", "agree", "--json", "--dtype", "float32", "LlamaForCausalLM"]
+    done = subprocess.run(command, capture_output=True, cwd=tmp_path, timeout=900, check=False)
+    assert done.returncode == 0, done.stderr.decode()[-4000:]
+    found = json.loads(done.stdout)
+    assert [(one["actor"], one["rollout"]) for one in found] == [(a, r) for a in STATES for r in STATES]
+    for one in found:
+        assert one["tokens"] == 128
+        assert 0 <= one["kl"] <= one["mean"] <= one["largest"] <= BOUND["float32"]
