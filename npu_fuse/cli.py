@@ -1,4 +1,4 @@
-"""The command line: `npu-fuse explain | check | chips | doctor | verify-device`.
+"""The command line: `npu-fuse explain | check | chips | doctor | agree | verify-device`.
 
 Exit codes: 0 all is well; 1 the answer is no (`check`: counts differ; `explain`: Dynamo captured nothing or
 failed; `doctor`: something keeps npu_fuse from working); 2 the command cannot be carried out as given
@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from npu_fuse import __version__
+from npu_fuse.cli_agree import agree
 from npu_fuse.cli_device import doctor, verify_device
 from npu_fuse.errors import NpuFuseError
 
@@ -48,6 +49,7 @@ def main() -> None:
         os.environ[name] = "1"
 
 
+main.add_command(agree)
 main.add_command(doctor)
 main.add_command(verify_device)
 

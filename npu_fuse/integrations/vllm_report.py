@@ -22,16 +22,17 @@ logger = logging.getLogger("vllm.npu_fuse")
 def watch(enabled: Callable[[Any], Any]) -> None:
     """Tell after the warm-up of every worker whose `VllmConfig` has the pass. Idempotent.
 
+    A worker loads the plugins while it is made, so the first method behind that is wrapped.
     `enabled` gives the pass in a configuration, or None.
     """
     from vllm.v1.worker.worker_base import WorkerWrapperBase
 
-    original = WorkerWrapperBase.init_worker
+    original = WorkerWrapperBase.init_device
     if getattr(original, "npu_fuse", False):
         return
 
     @functools.wraps(original)
-    def init_worker(self: Any, *args: Any, **kwargs: Any) -> Any:
+    def init_device(self: Any, *args: Any, **kwargs: Any) -> Any:
         made = original(self, *args, **kwargs)
         worker, before = self.worker, len(reports())
         warm_up, fuse = worker.compile_or_warm_up_model, enabled(worker.vllm_config)
@@ -46,8 +47,8 @@ def watch(enabled: Callable[[Any], Any]) -> None:
             worker.compile_or_warm_up_model = compile_or_warm_up_model
         return made
 
-    init_worker.npu_fuse = True  # type: ignore[attr-defined]
-    WorkerWrapperBase.init_worker = init_worker
+    init_device.npu_fuse = True  # type: ignore[attr-defined]
+    WorkerWrapperBase.init_device = init_device
 
 
 def tell(config: Any, rank: int, graphs: list[GraphReport], folder: str | None) -> None:
