@@ -22,6 +22,7 @@ TORCH_VERSION = "import importlib.metadata as m; print(m.version('torch'))"
 QUICK = (
     "test_ops.py",
     "test_stand_in.py",
+    "test_communication.py",
     "test_limits.py::test_each_limit",
     "test_limits.py::test_old_chips",
     *(f"test_handoff.py::test_inference[{name}-llama-bfloat16]" for name in ("aot_eager", "npugraph_ex", "npugraphs")),
