@@ -32,7 +32,7 @@ def _rank(rank: int, port: int, queue: Any) -> None:
 
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     torch.npu.set_device(rank)  # type: ignore[attr-defined]
-    dist.init_process_group("hccl", rank=rank, world_size=2)
+    dist.init_process_group("cpu:gloo,npu:hccl", rank=rank, world_size=2)
     rows, columns, results = SHAPE
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(2, rows, columns, generator=generator).half()

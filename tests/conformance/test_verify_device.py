@@ -16,9 +16,9 @@ from npu_fuse import device_checks, verify_device
 pytestmark = pytest.mark.real_wheel
 
 
-def run(*args: str, soc: str = "Ascend910B3") -> subprocess.CompletedProcess[str]:
+def run(*args: str, soc: str = "Ascend910B3", devices: int = 1) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "npu_fuse.cli", "verify-device", *args]
-    env = os.environ | {"NPU_HOST_SOC": soc}
+    env = os.environ | {"NPU_HOST_SOC": soc, "NPU_HOST_DEVICES": str(devices)}
     return subprocess.run(command, capture_output=True, text=True, check=False, timeout=540, env=env)
 
 
@@ -49,3 +49,10 @@ def test_other_numbers_are_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(device_checks, "npu", lambda _, share=share: lambda *a, **k: op(*a, **k) * share)
         check = verify_device.run("call: npu_swiglu float32", lambda: device_checks.call(case, torch.float32))
         assert check.status == status, check.fact
+
+
+def test_two_devices(tmp_path: Path) -> None:
+    report = tmp_path / "report.json"
+    done = run("--only", "two ranks", "--json", str(report), devices=2)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert [c["status"] for c in json.loads(report.read_text())["checks"]] == ["ok"]
