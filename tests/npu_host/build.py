@@ -54,7 +54,7 @@ def build(release: str) -> Path:
     check_machine(release)
     if not (site / "torch_npu").is_dir():
         install(release, site)
-    sources = [HERE / name for name in ("driver.cpp", "driver.h", "kernels.cpp", "cuda_torch.cpp", "build.py")]
+    sources = [HERE / name for name in ("driver.cpp", "driver.h", "hccl.cpp", "kernels.cpp", "cuda_torch.cpp", "build.py")]
     stamp = hashlib.sha256(b"".join(s.read_bytes() for s in sources) + torch_version().encode()).hexdigest()
     if (home / "stamp").exists() and (home / "stamp").read_text() == stamp:
         return home
@@ -135,14 +135,16 @@ def build_driver(package: Path, home: Path) -> None:
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
     headers = package / "include" / "third_party" / "acl" / "inc"
-    objects = work / "driver.o"
-    run(CXX, "-std=c++17", "-O1", "-fPIC", "-w", f"-I{headers}", f"-I{HERE}", "-c", HERE / "driver.cpp", "-o", objects)
-    defined = symbols_of_object(objects)
+    objects = [work / f"{name}.o" for name in ("driver", "hccl")]
+    for made in objects:
+        run(CXX, "-std=c++17", "-O1", "-fPIC", "-w", f"-I{headers}", f"-I{headers.parents[2]}",
+            f"-I{HERE}", "-c", HERE / f"{made.stem}.cpp", "-o", made)  # fmt: skip
+    defined = set().union(*(symbols_of_object(made) for made in objects))
     check_against_wheel(package, defined)
     stubs = work / "stubs.c"
     stubs.write_text(stub_source(missing_symbols(package) - defined, headers))
     run(CXX, "-x", "c", "-O1", "-fPIC", "-w", "-fno-builtin", "-c", stubs, "-o", work / "stubs.o")
-    run(CXX, "-shared", "-Wl,-soname,libascendcl.so", "-o", lib / "libascendcl.so", objects, work / "stubs.o")
+    run(CXX, "-shared", "-Wl,-soname,libascendcl.so", "-o", lib / "libascendcl.so", *objects, work / "stubs.o")
     empty = work / "empty.c"
     empty.write_text("")
     for name in SONAMES:

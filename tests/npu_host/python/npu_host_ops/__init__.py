@@ -29,7 +29,18 @@ def install() -> None:
     if refused:
         return
     torch.ops.load_library(os.path.join(os.environ["NPU_HOST"], "kernels.so"))
-    from npu_host_ops import attention, casts, experts, gates, matmul, norms, rotary, routing, wider  # noqa: F401  (they register themselves)
+    from npu_host_ops import (  # noqa: F401  (they register themselves)
+        attention,
+        casts,
+        communication,
+        experts,
+        gates,
+        matmul,
+        norms,
+        rotary,
+        routing,
+        wider,
+    )
 
     refused = tuple(torch.ops.npu_host._install())
 
