@@ -27,6 +27,7 @@ QUICK = (
     "test_stand_in.py",
     "test_verify_device.py",
     "test_launches.py",
+    "test_communication.py",
     "test_limits.py::test_each_limit",
     "test_limits.py::test_old_chips",
     *(f"test_handoff.py::test_inference[{name}-llama-bfloat16]" for name in ("aot_eager", "npugraph_ex", "npugraphs")),

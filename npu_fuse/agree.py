@@ -20,10 +20,11 @@ from npu_fuse import dialect as d
 from npu_fuse.errors import RanksDisagree
 from npu_fuse.groups import Group, claim, claimed, group_of, initialised
 from npu_fuse.options import Options
+from npu_fuse.places import frames_of
 from npu_fuse.report import Status
 from npu_fuse.steps import Candidate
 from npu_fuse.targets import Target
-from npu_fuse.view import View, is_one, source_of, static
+from npu_fuse.view import View, is_one, static
 
 logger = logging.getLogger("npu_fuse")
 
@@ -46,7 +47,7 @@ def settle(view: View, candidates: Sequence[Candidate], training: bool, options:
     npu = target.name == "npu"
     for group, anchors in _collectives(view).items():
         own = "".join("1" if _possible(by_anchor.get(n)) else "0" for n in anchors)
-        kinds = [_digest((_described(n)[0], _dtype(n), _place(n))) for n in anchors]
+        kinds = [_digest((_described(n)[0], _dtype(n), frames_of(n)[:1])) for n in anchors]
         agreed, why = ballots.settle(
             group, _digest((choices, [(_described(n), _place(n)) for n in anchors])), own, kinds, npu
         )
@@ -155,6 +156,5 @@ def _dtype(node: Node) -> str:
 
 
 def _place(node: Node) -> str:
-    source = source_of(node)
-    name = source.file.replace("\\", "/").rpartition("/")[2] if source.file else ""
-    return f"{name}:{source.line}"
+    """Where the collective stands, and who called: lines of the model's own code, alike on all ranks."""
+    return " < ".join(f"{file}:{line}" for file, line in frames_of(node))

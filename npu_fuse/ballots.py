@@ -1,11 +1,12 @@
 """What ranks tell each other through the store of their process group, without a collective.
 
 Each rank posts one digit for every collective of its graph, and all take the same verdict. A rank that compiles
-alone, again or later than others, finds what was settled for the same collectives before and does not wait. Waiting
-is limited to half of the group's own timeout. Who gives up settles for the plain form, and a rank that comes later
-finds that; on an NPU, where two forms of one collective would wait for each other, it takes the form that all ranks
-settled for the same line before in another graph: they are running that. So nothing hangs here, and no rank fuses
-what another has left.
+alone, again or later than others, finds what was settled for the same collectives before and does not wait. If it
+cannot do what was settled, the code is another one than before: it asks all ranks anew, who come if it is another
+one for them, too. Waiting is limited to half of the group's own timeout. Who gives up settles for the plain form, and
+a rank that comes later finds that. On an NPU two forms of one collective would wait for each other: there who gives
+up takes the form that all ranks settled for the same lines before in another graph, for they are running that; or it
+raises. So nothing hangs here, and no rank fuses what another has left.
 """
 
 from __future__ import annotations
@@ -57,12 +58,31 @@ def _through_store(
     process_group: Any, group: Group, key: str, own: str, kinds: Sequence[str], npu: bool
 ) -> tuple[str, str]:
     store = torch.distributed.distributed_c10d._get_process_group_store(process_group)  # type: ignore[attr-defined, unused-ignore]
+    settled = _settled(store, key)
+    if settled is None:
+        return _ask(store, process_group, group, key, own, kinds, npu)
+    if not _breaks(own, settled):
+        return settled, PLAIN
+    anew = f"{key}/{own}"
+    settled = _settled(store, anew)
+    return (settled, PLAIN) if settled is not None else _ask(store, process_group, group, anew, own, kinds, npu)
+
+
+def _settled(store: Any, key: str) -> str | None:
     verdict = f"{key}/settled"
-    if store.check([verdict]):
-        settled = store.get(verdict).decode()
-        agreed, _, why = settled.partition(" ")
-        return agreed, why or PLAIN
-    posts = [f"{key}/{rank}" for rank in range(group.size)]
+    return store.get(verdict).decode().partition(" ")[0] if store.check([verdict]) else None
+
+
+def _breaks(own: str, settled: str) -> bool:
+    """Something was settled that this rank cannot do."""
+    return any(mine == "0" and ours == "1" for mine, ours in zip(own, settled, strict=True))
+
+
+def _ask(
+    store: Any, process_group: Any, group: Group, key: str, own: str, kinds: Sequence[str], npu: bool
+) -> tuple[str, str]:
+    verdict = f"{key}/settled"
+    posts = [f"{key}/rank {rank}" for rank in range(group.size)]
     store.set(posts[process_group.rank()], f"{own} {socket.gethostname()}")
     agreed, why, together = own, "", True
     if "1" in own or (npu and any(digit != "0" for digit in _last(store, kinds))):
@@ -93,7 +113,10 @@ def _remember(store: Any, kinds: Sequence[str], agreed: str) -> None:
     for kind, digit in zip(kinds, agreed, strict=True):
         found.setdefault(kind, set()).add(digit)
     for kind, digits in found.items():
-        store.set(f"npu_fuse/kind/{kind}", digits.pop() if len(digits) == 1 else MIXED)
+        key = f"npu_fuse/kind/{kind}"
+        wanted = digits.pop() if len(digits) == 1 else MIXED
+        if store.compare_set(key, "", wanted).decode() != wanted:
+            store.set(key, MIXED)
 
 
 def _last(store: Any, kinds: Sequence[str]) -> list[str]:

@@ -93,6 +93,8 @@ def _unpermute(k: int, probs: torch.dtype | None = None) -> Callable[[torch.dtyp
     return make
 
 
+COMMUNICATING = ("npu_all_gather_base_mm", "npu_mm_all_reduce_base", "npu_mm_reduce_scatter_base")
+"""Ops that need other ranks: called inside ops of npu_fuse, tested with two processes."""
 MIXED = (torch.float16, torch.bfloat16)
 ROTARY = "npu_rotary_mul_backward"
 UNPERMUTE = next(

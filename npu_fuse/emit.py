@@ -54,6 +54,9 @@ class Emitter(Protocol):
     def group(self, group: Group) -> str:
         """A process group as the ops of collectives take it: by name, in a proof a pretended one."""
 
+    def communicator(self, group: Group) -> str:
+        """A process group as the NPU's own ops take it: by HCCL's name, in a proof a pretended one."""
+
     def shared(self, key: Hashable, values: Sequence[Any], build: Callable[..., Any]) -> Any:
         """`build(*values)`, once per graph for the same key and values (tables), but for values that are written."""
 
@@ -106,6 +109,9 @@ class RunEmitter:
         return (self.sizes or Sizes()).of(size)
 
     def group(self, group: Group) -> str:
+        return pretend.name(group.size)
+
+    def communicator(self, group: Group) -> str:
         return pretend.name(group.size)
 
     def shared(self, key: Hashable, values: Sequence[Any], build: Callable[..., Any]) -> Any:

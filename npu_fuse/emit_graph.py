@@ -12,7 +12,7 @@ from torch.utils.checkpoint import CheckpointPolicy
 
 from npu_fuse import dialect as d
 from npu_fuse.emit import without_writing
-from npu_fuse.groups import Group
+from npu_fuse.groups import Group, communicator
 from npu_fuse.targets import Target
 from npu_fuse.view import same_size, static
 
@@ -136,6 +136,9 @@ class GraphEmitter:
 
     def group(self, group: Group) -> str:
         return group.name
+
+    def communicator(self, group: Group) -> str:
+        return communicator(group.name)
 
     def shared(self, key: Hashable, values: Sequence[Any], build: Callable[..., Any]) -> Any:
         if any(v in self.written for v in values if isinstance(v, Node)):

@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+from torch.fx import Node
 
 from npu_fuse import dialect as d
 from npu_fuse import groups, pretend
@@ -123,19 +124,25 @@ def too_few_rows(name: str, site: Site, target: Target) -> Refusal | None:
     return Refusal(Status.REFUSED_BY_PROFIT, f"{name}.rows", reason)
 
 
+def bare(target: Target, x: Node, contracted: int, trained: bool) -> bool:
+    """The NPU's own op stands in the graph: where the hand-off asks for it, and nothing has to be decided later.
+
+    In training the graph needs our backward, and a length that is not known a branch.
+    """
+    return target.names_in_graph and not trained and known_rows(x, contracted) is not None
+
+
 def rows_of(site: Site) -> int | None:
     """The rows of the left operand: the product of its leading sizes; None where one is not known."""
-    value = d.local(site.facts["x"])
-    contracted = site.facts["product"].contracted
+    return known_rows(site.facts["x"], site.facts["product"].contracted)
+
+
+def known_rows(x: Node, contracted: int) -> int | None:
+    value = d.local(x)
     if value is None:
         return None
-    rows = 1
-    for size in value.shape[:-contracted]:
-        known = static(size)
-        if known is None:
-            return None
-        rows *= known
-    return rows
+    sizes = [static(size) for size in value.shape[:-contracted]]
+    return None if None in sizes else math.prod(sizes)  # type: ignore[arg-type]
 
 
 def _refused(name: str, code: str, reason: str) -> Refusal:

@@ -25,7 +25,8 @@ def verdict_on(
     site: Site, form: Form, numerics: str, always: bool, disk: Any = None, target: Target = REFERENCE
 ) -> Verdict:
     """The verdict kept for this structure, or a new proof."""
-    key = structure_key(site, form, f"{numerics} {target.name}")
+    bare = " bare" if target.names_in_graph else ""
+    key = structure_key(site, form, f"{numerics} {target.name}{bare}")
     if not always:
         found = _verdicts.get(key)
         if found is None and disk is not None:

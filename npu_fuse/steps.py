@@ -16,12 +16,13 @@ from npu_fuse import dialect as d
 from npu_fuse.aten import Decompositions
 from npu_fuse.lower import Accepted, lower
 from npu_fuse.options import Options
+from npu_fuse.places import source_of
 from npu_fuse.proofs import verdict_on
 from npu_fuse.report import Cost, ProofFacts, SiteReport, Status
 from npu_fuse.sites import Form, Miss, Rule, Site
 from npu_fuse.soundness import obstacle
 from npu_fuse.targets import Target
-from npu_fuse.view import View, source_of
+from npu_fuse.view import View
 
 logger = logging.getLogger("npu_fuse")
 

@@ -7,9 +7,7 @@ in ways that add no guard (`str(size)`, identity).
 from __future__ import annotations
 
 import bisect
-import functools
 import operator
-import re
 from collections.abc import Hashable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
@@ -22,17 +20,6 @@ from npu_fuse import dialect as d
 from npu_fuse.sites import Site
 
 NUMBERED = d.MOVEMENT | d.POINTWISE | d.REDUCTIONS | {"cast", "rms_norm", "normalize", "detach", "polar"}
-
-
-@dataclass(frozen=True)
-class Source:
-    """Where in the model's own code a node was written."""
-
-    file: str | None
-    line: int | None
-    function: str | None
-    code: str | None
-    module: str | None
 
 
 @dataclass
@@ -250,30 +237,6 @@ def _encode(view: View, reader: Node, arg: Any) -> Hashable:
 
 class _ChangedOperandError(Exception):
     pass
-
-
-_FRAME = re.compile(r'File "([^"]+)", line (\d+), in (\S+)\n\s*(.*)')
-
-
-@functools.lru_cache(maxsize=1024)  # all layers have the frames of one
-def _innermost(trace: str) -> tuple[str, str, str, str] | tuple[None, None, None, None]:
-    frames = _FRAME.findall(trace)
-    ours = [f for f in frames if "/torch/" not in f[0]] or frames
-    return ours[-1] if ours else (None, None, None, None)
-
-
-def source_of(node: Node) -> Source:
-    """The innermost frame outside torch, and the innermost module's path."""
-    file, line, function, code = _innermost(node.meta.get("stack_trace") or "")
-    stack = node.meta.get("nn_module_stack") or {}
-    module = None
-    for path, _ in stack.values():
-        module = path
-    if module is not None:
-        module = re.sub(r"^L\['(\w+)'\]\.?", "", str(module))
-        module = re.sub(r"_modules\['(\w+)'\]", r"\1", module)
-        module = re.sub(r"\['?(\w+)'?\]", r".\1", module).lstrip(".")
-    return Source(file, int(line) if line else None, function, code or None, module or None)
 
 
 def static(size: Any) -> int | None:

@@ -9,7 +9,7 @@ Semantics: torch_npu's document of npu_all_gather_base_mm and aclnnAllGatherMatm
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -168,26 +168,29 @@ def _site(view: View, exchange: exchanges.Exchange, gathered: gathers.Gathered) 
         x = rows.without(e, e.cast(e.local(env[source]), result.dtype), skipped)
         like = env[source]
         _, x2, bias = main.operands(e, {**env, main.x: like}, result.dtype)
-        y, all_rows = _call(e, x, x2, bias, e.group(exchange.group))
-        made = [_shaped(e, env, used[0], y, like)]
+        bare = bias is None and mc2.bare(e.target, source, 1, trained)
+        ahead = 1 if bare else depth
+        if bare:
+            x = rows.flat(e, x, depth)
+            pair = e.fused(OP, e.dense(x), x2, e.communicator(exchange.group), size, gather_output=keep)
+        else:
+            pair = e.fused(NAME, e.dense(x), x2, bias, e.group(exchange.group), size, e.target.min_rows, keep)
+        y, all_rows = item(e, pair, 0), item(e, pair, 1)
+        made = [_shaped(e, env, used[0], y, ahead)]
         for other in used[1:]:
             _, w, b = other.product.operands(e, {**env, other.product.x: all_rows}, result.dtype)
             product = e.call(torch.nn.functional.linear, all_rows, e.call(torch.t, w), b)
-            made.append(_shaped(e, env, other, product, like))
+            made.append(_shaped(e, env, other, product, ahead))
         if extra:
-            made.append(rows.shaped(e, rows.flat(e, all_rows, depth), whole.shape[:-1], like))
+            made.append(rows.shaped(e, rows.flat(e, all_rows, ahead), whole.shape[:-1], like))
         return made if len(made) > 1 else made[0]
 
-    def _call(e: Emitter, x: Any, x2: Any, bias: Any, group: str) -> Sequence[Any]:
-        made = e.fused(NAME, e.dense(x), x2, bias, group, size, e.target.min_rows, keep)
-        return item(e, made, 0), item(e, made, 1)
-
-    def _shaped(e: Emitter, env: Mapping[Node, Any], consumer: gathers.Consumer, y: Any, like: Any) -> Any:
+    def _shaped(e: Emitter, env: Mapping[Node, Any], consumer: gathers.Consumer, y: Any, ahead: int) -> Any:
         product, found = consumer.product, d.local(consumer.product.node)
         assert found is not None
         wanted = found.shape[: found.dim() - product.free]
-        if depth > 1 or len(wanted) > 1:
-            y = rows.shaped(e, rows.flat(e, y, depth), wanted, like)
+        if ahead > 1 or len(wanted) > 1:
+            y = rows.shaped(e, rows.flat(e, y, ahead), wanted, env[source])
         y = product.shaped(e, y, env)
         layout = dtensors.layout_of(consumer.value)
         return e.wrapped(y, env[product.w], layout.placements) if layout is not None else y

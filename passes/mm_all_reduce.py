@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from npu_fuse import collectives, communicate, dtensors, functions, groups, mc2, ops, products, reduced
+from npu_fuse import collectives, communicate, dtensors, functions, groups, mc2, ops, products, reduced, rows
 from npu_fuse import dialect as d
 from npu_fuse.emit import Emitter
 from npu_fuse.sites import Form, Miss, Refusal, Rule, Site
@@ -158,12 +158,24 @@ def _site(view: View, reduction: collectives.Reduction, below: reduced.Reduced) 
         from torch.distributed.tensor import Replicate
 
         x1, x2, bias = replace(product, bias=below.bias).operands(e, env, result.dtype)
-        name, rows = e.group(reduction.group), e.target.min_rows
-        y = e.fused(NAME, e.dense(x1), x2, bias, name, below.bias_parts, gradient, rows)
+        if mc2.bare(e.target, product.x, product.contracted, trained):
+            y = _bare(e, e.dense(x1), x2, bias)
+        else:
+            name, least = e.group(reduction.group), e.target.min_rows
+            y = e.fused(NAME, e.dense(x1), x2, bias, name, below.bias_parts, gradient, least)
         y = product.shaped(e, y, env)
         for move in moves:
             y = e.moved(move, y)
         return e.wrapped(y, env[product.w], (Replicate(),)) if wrapped else y
+
+    def _bare(e: Emitter, x1: Any, x2: Any, bias: Any) -> Any:
+        part = bias if bias is None or below.bias_parts == 1 else e.call(torch.div, bias, below.bias_parts)
+        value, named = d.local(product.x), e.communicator(reduction.group)
+        ahead = value.dim() - product.contracted if value is not None else 1
+        if ahead <= 2:
+            return e.fused(OP, x1, x2, named, reduce_op="sum", bias=part)
+        y = e.fused(OP, e.call(torch.flatten, x1, 0, ahead - 1), x2, named, reduce_op="sum", bias=part)
+        return rows.shaped(e, y, value.shape[:ahead], x1)  # type: ignore[union-attr]
 
     inputs = tuple(dict.fromkeys(n for n in (product.x, product.w, below.bias) if n is not None))
     size = reduction.group.size

@@ -158,13 +158,19 @@ def _site(view: View, exchange: exchanges.Exchange, below: reduced.Reduced) -> S
     same = len(ahead) == len(wanted) - skipped and len(below.moves) == 0
     size, wrapped = exchange.group.size, dtensors.layout_of(value)
 
+    trained = bool(out.requires_grad)
+
     def emit(e: Emitter, env: Mapping[Node, Any]) -> Any:
         x1, x2, bias = replace(product, bias=below.bias).operands(e, env, result.dtype)
         x1 = rows.without(e, x1, skipped)
-        x1 = x1 if same else rows.flat(e, x1, len(ahead))
-        name = e.group(exchange.group)
-        y = e.fused(NAME, e.dense(x1), x2, bias, name, size, below.bias_parts, e.target.min_rows)
-        y = rows.with_ones(e, y, skipped) if same else rows.shaped(e, y, wanted, env[product.x])
+        bare = bias is None and mc2.bare(e.target, product.x, product.contracted, trained)
+        x1 = x1 if same and not bare else rows.flat(e, x1, len(ahead))
+        if bare:
+            y = e.fused(OP, e.dense(x1), x2, e.communicator(exchange.group), size, reduce_op="sum")
+        else:
+            name = e.group(exchange.group)
+            y = e.fused(NAME, e.dense(x1), x2, bias, name, size, below.bias_parts, e.target.min_rows)
+        y = rows.with_ones(e, y, skipped) if same and not bare else rows.shaped(e, y, wanted, env[product.x])
         y = product.shaped(e, y, env)
         return e.wrapped(y, env[product.w], wrapped.placements) if wrapped is not None else y
 

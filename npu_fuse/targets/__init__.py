@@ -28,6 +28,8 @@ class Target:
     """False where a plan is made for a chip whose torch_npu is not here: our ops stand in the graph instead."""
     concatenates: bool = False
     """Gate and up from two projections are concatenated: the op takes one tensor."""
+    names_in_graph: bool = False
+    """The hand-off translates ops one by one and must see the NPU's own: communicators' names are constants then."""
     min_rows: int = 0
     """Products of fewer rows are not fused with the communication that follows."""
 
@@ -63,4 +65,12 @@ def target_of(options: Options, planning: bool = False) -> Target:
         npu: Any = torch.npu  # type: ignore[attr-defined]
         soc = str(npu.get_device_name()) if npu.is_available() else None
     rows = MC2_MIN_ROWS if options.mc2_min_rows is None else options.mc2_min_rows
-    return Target("npu", "npu", soc, concatenates=concat is not False, min_rows=rows)
+    literal = _translates(options.handoff)
+    return Target(
+        "npu", "npu", soc, concatenates=concat is not False, names_in_graph=literal, min_rows=rows
+    )  # fmt: skip
+
+
+def _translates(handoff: Any) -> bool:
+    """torchair's GE: the backend "npu", or a callable of torchair's own."""
+    return handoff == "npu" or "torchair" in str(getattr(handoff, "__module__", "") or "")

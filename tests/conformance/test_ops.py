@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from npu_fuse.device_cases import CASES, Case
+from npu_fuse.device_cases import CASES, COMMUNICATING, Case
 
 pytestmark = pytest.mark.real_wheel
 
@@ -55,10 +55,11 @@ def test_the_table_has_every_op_that_a_pass_emits() -> None:
     on_wheel = {name for name in emitted if hasattr(torch.ops.npu, name)}
     assert on_wheel == {case.op for case in CASES}
     assert emitted - on_wheel == {"npu_add_rms_norm_unrounded"}  # for the proof only
+    assert set(re.findall(r"torch\.ops\.npu\.(npu_(?:mm_|all_gather_)\w+)\.default", text)) == set(COMMUNICATING)
 
 
 THEIRS = {"npu_rotary_mul_backward", "npu_moe_token_permute_grad_v2", "npu_moe_token_unpermute_grad_v2"}
-NAMES = sorted({case.op for case in CASES} | {c.backward for c in CASES if c.backward} - THEIRS)
+NAMES = sorted({case.op for case in CASES} | set(COMMUNICATING) | {c.backward for c in CASES if c.backward} - THEIRS)
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -18,6 +18,16 @@ SCHEMAS = {
         " int? dequant_scale_dtype=None, int? pertoken_scale_dtype=None, int comm_quant_mode=0,"
         " str? comm_mode=None) -> Tensor"
     ),
+    "npu_mm_reduce_scatter_base": (
+        '(Tensor input, Tensor x2, str hcom, int world_size, *, str reduce_op="sum", Tensor? bias=None,'
+        " Tensor? x1_scale=None, Tensor? x2_scale=None, int comm_turn=0, ScalarType? output_dtype=None,"
+        " str? comm_mode=None) -> Tensor"
+    ),
+    "npu_all_gather_base_mm": (
+        "(Tensor input, Tensor x2, str hcom, int world_size, *, Tensor? bias=None, Tensor? x1_scale=None,"
+        " Tensor? x2_scale=None, int gather_index=0, bool gather_output=True, int comm_turn=0,"
+        " ScalarType? output_dtype=None, str? comm_mode=None) -> (Tensor, Tensor)"
+    ),
 }
 """Schemas of the ops in torch_npu 2.13."""
 
@@ -54,6 +64,37 @@ def install(soc: str) -> Calls:
         dist.all_reduce(y, group=groups[hcom])
         return y
 
+    def check(x: Any, x2: Any, hcom: str, world_size: int, rest: dict[str, Any]) -> None:
+        assert not any(rest.values()) and x.dim() == 2 and x.stride(1) == 1
+        assert x.dtype == x2.dtype and x.dtype in (torch.float16, torch.bfloat16) and 256 <= x.shape[1] < 65535
+        assert groups[hcom].size() == world_size
+
+    def mm_reduce_scatter(x: Any, x2: Any, hcom: str, world_size: int, *, reduce_op: str = "sum", **rest: Any) -> Any:
+        check(x, x2, hcom, world_size, rest)
+        calls.ops.append(("npu_mm_reduce_scatter_base", tuple(x.shape)))
+        out = x.new_empty(x.shape[0] // world_size, x2.shape[1])
+        dist.reduce_scatter_tensor(out, x @ x2, group=groups[hcom])
+        return out
+
+    def all_gather_mm(
+        x: Any, x2: Any, hcom: str, world_size: int, *, gather_output: bool = True, **rest: Any
+    ) -> tuple[Any, Any]:
+        check(x, x2, hcom, world_size, rest)
+        calls.ops.append(("npu_all_gather_base_mm", tuple(x.shape)))
+        out = x.new_empty(x.shape[0] * world_size, x.shape[1])
+        dist.all_gather_into_tensor(out, x, group=groups[hcom])
+        return out @ x2, out if gather_output else x.new_empty(0)
+
+    def gathered_meta(x: Any, x2: Any, hcom: str, world_size: int, *, gather_output: bool = True, **rest: Any) -> Any:
+        rows = x.shape[0] * world_size
+        return x.new_empty(rows, x2.shape[1]), x.new_empty(rows, x.shape[1]) if gather_output else x.new_empty(0)
+
+    library.impl("npu_mm_reduce_scatter_base", mm_reduce_scatter, "CPU")
+    library.impl(
+        "npu_mm_reduce_scatter_base", lambda x, x2, h, n, **k: x.new_empty(x.shape[0] // n, x2.shape[1]), "Meta"
+    )
+    library.impl("npu_all_gather_base_mm", all_gather_mm, "CPU")
+    library.impl("npu_all_gather_base_mm", gathered_meta, "Meta")
     library.impl("npu_mm_all_reduce_base", mm_all_reduce, "CPU")
     library.impl("npu_mm_all_reduce_base", lambda x1, x2, *a, **k: x1.new_empty(*x1.shape[:-1], x2.shape[1]), "Meta")
     calls.library = library  # type: ignore[attr-defined]

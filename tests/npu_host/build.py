@@ -54,7 +54,9 @@ def build(release: str) -> Path:
     check_machine(release)
     if not (site / "torch_npu").is_dir():
         install(release, site)
-    sources = [HERE / name for name in ("driver.cpp", "driver.h", "hccl.cpp", "kernels.cpp", "cuda_torch.cpp", "build.py")]
+    sources = [
+        HERE / name for name in ("driver.cpp", "driver.h", "hccl.cpp", "kernels.cpp", "cuda_torch.cpp", "build.py")
+    ]
     stamp = hashlib.sha256(b"".join(s.read_bytes() for s in sources) + torch_version().encode()).hexdigest()
     if (home / "stamp").exists() and (home / "stamp").read_text() == stamp:
         return home
