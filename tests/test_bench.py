@@ -18,6 +18,7 @@ import _common as common
 import _stacked
 import _wide
 import cpu_runtime
+import mc2
 import memory
 import pass_time
 import peers
@@ -168,3 +169,28 @@ def test_decoders_have_the_width_asked_for() -> None:
     for name in common.ARCHITECTURES:
         made = common.config(name, 256, 2)
         assert (made.hidden_size, made.num_hidden_layers, made.vocab_size) == (256, 2, common.VOCABULARY)
+
+
+def test_communication_is_counted_and_modelled() -> None:
+    """Fused, a matmul and its collective are one kernel, and what one rank sends stays the same."""
+    found = run(mc2.main, "--model", "tiny", "--ranks", "2", "--rows", "64")["rows"]
+    by_form = {row["form"]: row for row in found}
+    counts = {"all-reduce": (2, 2), "sequence": (4, 4)}  # reductions; gathers as well
+    for form, (collectives, fused) in counts.items():
+        plain, after = by_form[form]["plain"], by_form[form]["fused"]
+        assert (plain["collectives"], plain["fused"]) == (collectives, 0)
+        assert (after["collectives"], after["fused"]) == (collectives, fused)
+        assert plain["kernels"] - after["kernels"] == fused
+        assert plain["sent"] == after["sent"] > 0
+        assert plain["matmul"] == pytest.approx(after["matmul"])
+        assert 0 < after["exposed"] < plain["exposed"]
+    rows, hidden = 64, mc2.SHAPES["tiny"].hidden
+    assert by_form["all-reduce"]["plain"]["sent"] == 2 * rows * hidden * mc2.BYTES  # two sums, 2 (n - 1) / n of each
+
+
+def test_communication_is_hidden_up_to_the_work() -> None:
+    work = mc2.Call("mm_all_reduce", operations=1e12, sent=1e6, steps=1)
+    talk = mc2.Call("mm_all_reduce", operations=1.0, sent=1e9, steps=1)
+    hidden, bound = (mc2.modelled([c], mc2.PEAK, mc2.LINK) for c in (work, talk))
+    assert hidden["exposed"] == pytest.approx((1e6 / mc2.LINK + mc2.LATENCY) / mc2.TILES)
+    assert bound["exposed"] == pytest.approx(1e9 / mc2.LINK + mc2.LATENCY, rel=1e-3)
