@@ -91,7 +91,8 @@ class FusePass:
         module = graph if isinstance(graph, GraphModule) else graph.owning_module
         assert module is not None
         expanded = target.name == "reference" and _inside_inductor()
-        report = plan(module, (), options, False, target, aten=inductor_decompositions() if expanded else {})
+        aten = inductor_decompositions() if expanded else {}
+        report = plan(module, (), options, False, target, aten=aten, together=True)  # every worker compiles this
         report = replace(report, handoff="vllm", dynamic=_is_dynamic(module.graph))
         keep(report)
         announce(report, replace(options, report_dir=None))  # workers write one table of all graphs
