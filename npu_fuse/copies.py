@@ -100,7 +100,9 @@ def _reader(view: View, node: Node) -> tuple[Product, tuple[Node, ...]] | str | 
     moves: list[Node] = []
     while True:
         users = list(node.users)
-        readers = [u for u in users if isinstance(p := product_of(u), Product) and p.x is node]
+        readers = [
+            u for u in users if isinstance(p := product_of(u), Product) and p.x is node and node not in (p.w, p.bias)
+        ]  # fmt: skip
         if len(users) > 1 and readers:
             return "several read the copied value: their gradients are added before they are reduced"
         if len(users) != 1:
