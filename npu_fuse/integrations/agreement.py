@@ -16,6 +16,7 @@ from typing import Any
 from npu_fuse.errors import CaptureError
 from npu_fuse.integrations.vllm_explain import checkpoint_of, environment, start
 from npu_fuse.options import Options
+from npu_fuse.report import Status, reports
 
 PROMPTS, PROMPT, ANSWER = 4, 16, 32
 
@@ -86,8 +87,10 @@ def _by_rollout(path: str, dtype: str, sequences: Sequence[Sequence[int]], fused
     from vllm import SamplingParams
 
     sampling = SamplingParams(temperature=0.0, max_tokens=1, prompt_logprobs=0, detokenize=False)
+    before = len(reports())
     with start(path, dtype, fused) as engine:
         made = engine.generate([{"prompt_token_ids": list(s)} for s in sequences], sampling, use_tqdm=False)
+    _check(fused, before, "rollout")
     found = []
     for sequence, one in zip(sequences, made, strict=True):
         for token, known in list(zip(sequence, one.prompt_logprobs or (), strict=True))[PROMPT:]:
@@ -103,8 +106,19 @@ def _by_actor(path: str, dtype: str, sequences: Any, options: dict[str, Any], fu
     model = AutoModelForCausalLM.from_pretrained(path, dtype=getattr(torch, dtype)).eval()
     if fused:
         model.forward = torch.compile(model.forward, backend="npu_fuse", options=options)
-    ids = torch.tensor(sequences)
+    ids, before = torch.tensor(sequences), len(reports())
     with torch.no_grad():
         scores = model(input_ids=ids, use_cache=False).logits.float().log_softmax(-1)
+    _check(fused, before, "actor")
     picked = scores[:, :-1].gather(-1, ids[:, 1:, None]).squeeze(-1)
     return [float(v) for v in picked[:, PROMPT - 1 :].flatten()]
+
+
+def _check(fused: bool, before: int, who: str) -> None:
+    """Raises `CaptureError` where the figures would compare plain with plain."""
+    count = sum(report.count(Status.FUSED) for report in reports()[before:])
+    if fused and not count:
+        raise CaptureError(
+            f"nothing was fused in the {who}", remedy="ask npu-fuse explain (with --vllm) for the reason"
+        )
+    assert fused or not count
