@@ -70,6 +70,8 @@ def _branches(view: View) -> list[Branch]:
             branch.products.append(product)
             owner[node] = branch
             continue
+        if not owner:
+            continue
         known = [n for n in node.all_input_nodes if n in owner]
         if not known or not is_row_wise(node, owner[known[0]].root) or d.mutates(node):
             continue

@@ -47,8 +47,11 @@ def _chains(view: View) -> list[Chain]:
 
 def _product(node: Node) -> Product | None:
     """A product of all tokens with every expert's matrix: out [E, T, N] or [T, E, N]."""
-    name, result = d.name(node), d.tensor(node)
-    if name not in ("bmm", "matmul", "einsum") or result is None or result.dim() != 3:
+    name = d.name(node)
+    if name not in ("bmm", "matmul", "einsum"):
+        return None
+    result = d.tensor(node)
+    if result is None or result.dim() != 3:
         return None
     if name == "einsum":
         return _einsum(node)
