@@ -98,8 +98,9 @@ def main():
         )  # fmt: skip
         with engine.train_mode():
             made = engine.train_batch(data, partial(sft_loss, config=None))
-        losses.append(made["loss"] if "loss" in made else made["metrics"].get("loss"))
-        norms.append(float(made["metrics"]["grad_norm"]))
+        if rank == 0:  # verl gives metrics to one rank of a sequence-parallel group
+            losses.append(made["loss"] if "loss" in made else made["metrics"].get("loss"))
+            norms.append(float(made["metrics"]["grad_norm"]))
     if given.save:
         engine.save_checkpoint(given.save, global_step=given.steps)
     weights = {name: value for name, value in engine.get_per_tensor_param()[0]}
