@@ -90,8 +90,8 @@ def _own_code(function: Any, kind: str) -> Any:
 
 def taken(steps: dict[str, Any], rounds: int, clock: Any) -> dict[str, list[float]]:
     """Seconds of each kind in each round."""
-    order, draw = list(KINDS), random.Random(0)
-    times: dict[str, list[float]] = {kind: [] for kind in KINDS}
+    order, draw = list(steps), random.Random(0)
+    times: dict[str, list[float]] = {kind: [] for kind in steps}
     for _ in range(rounds):
         draw.shuffle(order)
         for kind in order:

@@ -12,7 +12,6 @@ on, movement left out; they must not grow with the number of experts.
 
 from __future__ import annotations
 
-import random
 import statistics
 import time
 from typing import Any
@@ -91,7 +90,7 @@ def measure(name: str, mode: str, experts: int | None, width: int, tokens: int, 
     for step in steps.values():
         for _ in range(3):
             step()
-    times = _taken(steps, rounds)
+    times = cpu_runtime.taken(steps, rounds, time.process_time)
     fastest = min((k for k in KINDS if k != "npu_fuse"), key=lambda k: statistics.median(times[k]))
     ratios = [other / ours for other, ours in zip(times[fastest], times["npu_fuse"], strict=True)]
     ratio = statistics.median(ratios)
@@ -135,18 +134,6 @@ def _counting(graphs: list[int]) -> Any:
         return compile_fx(gm, example_inputs)
 
     return handoff
-
-
-def _taken(steps: dict[str, Any], rounds: int) -> dict[str, list[float]]:
-    order, draw = list(steps), random.Random(0)
-    times: dict[str, list[float]] = {kind: [] for kind in steps}
-    for _ in range(rounds):
-        draw.shuffle(order)
-        for kind in order:
-            start = time.process_time()
-            steps[kind]()
-            times[kind].append(time.process_time() - start)
-    return times
 
 
 def peak_bytes(step: Any) -> int:

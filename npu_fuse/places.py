@@ -23,17 +23,21 @@ class Source:
 _FRAME = re.compile(r'File "([^"]+)", line (\d+), in (\S+)\n\s*(.*)')
 
 
+def _frames(trace: str) -> list[tuple[str, str, str, str]]:
+    """File, line, function and code of the frames outside torch, the outermost first; torch's own if there are none."""
+    frames: list[tuple[str, str, str, str]] = _FRAME.findall(trace)
+    return [f for f in frames if "/torch/" not in f[0]] or frames
+
+
 @functools.lru_cache(maxsize=1024)  # all layers have the frames of one
 def _innermost(trace: str) -> tuple[str, str, str, str] | tuple[None, None, None, None]:
-    frames = _FRAME.findall(trace)
-    ours = [f for f in frames if "/torch/" not in f[0]] or frames
+    ours = _frames(trace)
     return ours[-1] if ours else (None, None, None, None)
 
 
 def frames_of(node: Node) -> list[tuple[str, int]]:
     """Files (by name) and lines outside torch, the innermost first; torch's own where there are no others."""
-    frames = _FRAME.findall(node.meta.get("stack_trace") or "")
-    ours = [f for f in frames if "/torch/" not in f[0]] or frames
+    ours = _frames(node.meta.get("stack_trace") or "")
     return [(f[0].replace("\\", "/").rpartition("/")[2], int(f[1])) for f in reversed(ours)]
 
 

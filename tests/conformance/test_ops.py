@@ -10,35 +10,12 @@ import pytest
 import torch
 
 from npu_fuse.device_cases import CASES, COMMUNICATING, Case
+from npu_fuse.device_checks import npu, on, several
+from npu_fuse.device_checks import reference as ours
 
 pytestmark = pytest.mark.real_wheel
 
 ROOT = Path(__file__).resolve().parents[2]
-
-
-def on(device: str, values: Any, dtype: torch.dtype | None = None) -> Any:
-    def move(v: Any) -> Any:
-        if isinstance(v, list):
-            return [move(item) for item in v]
-        if not isinstance(v, torch.Tensor):
-            return v
-        return v.to(device) if dtype is None or not v.is_floating_point() else v.to(device, dtype)
-
-    return {k: move(v) for k, v in values.items()} if isinstance(values, dict) else [move(v) for v in values]
-
-
-def several(result: Any) -> list[torch.Tensor]:
-    return list(result) if isinstance(result, (tuple, list)) else [result]
-
-
-def npu(name: str) -> Any:
-    return getattr(torch.ops.npu, name).default
-
-
-def ours(name: str) -> Any:
-    import npu_fuse.passes  # noqa: F401  (registers the ops)
-
-    return getattr(torch.ops.npu_fuse, name).default
 
 
 def pairs() -> Any:
