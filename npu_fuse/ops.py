@@ -75,3 +75,8 @@ def may_stay_calls() -> list[Any]:
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     """Fused kernels compute in float32; the proof runs them in float64."""
     return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def silu_slope(z: torch.Tensor, sigmoid: torch.Tensor) -> torch.Tensor:
+    """The derivative of z · sigmoid(z), `sigmoid` being sigmoid(z); 1 - sigmoid(z) has lost its digits for large z."""
+    return sigmoid * (1 + z * torch.sigmoid(-z))

@@ -36,7 +36,7 @@ def _apart_backward_op(
     wide, g0, u0 = dy.to(dtype), gate.to(dtype), up.to(dtype)
     a, b = g0.clamp(max=limit), u0.clamp(-limit, limit)
     s = torch.sigmoid(alpha * a)
-    dgate = wide * (b + bias) * s * (1 + alpha * a * (1 - s)) * (g0 <= limit)
+    dgate = wide * (b + bias) * ops.silu_slope(alpha * a, s) * (g0 <= limit)
     dup = wide * a * s * ((u0 >= -limit) & (u0 <= limit))
     return dgate.to(gate.dtype), dup.to(up.dtype)
 

@@ -34,8 +34,10 @@ def _gelu_slope(x: torch.Tensor, approximate: int) -> torch.Tensor:
     """The derivative of gelu at x."""
     if approximate == 1:
         scale = math.sqrt(2.0 / math.pi)
-        tanh = torch.tanh(scale * (x + 0.044715 * x * x * x))
-        return 0.5 * (1 + tanh) + 0.5 * x * (1 - tanh * tanh) * scale * (1 + 3 * 0.044715 * x * x)
+        # 0.5 · (1 + tanh z) is sigmoid(2 z), whose slope keeps its digits where 1 - tanh² has none left.
+        z = 2 * scale * (x + 0.044715 * x * x * x)
+        s = torch.sigmoid(z)
+        return s + x * s * torch.sigmoid(-z) * 2 * scale * (1 + 3 * 0.044715 * x * x)
     normal = torch.exp(-0.5 * x * x) / math.sqrt(2.0 * math.pi)
     return 0.5 * (1 + torch.erf(x / math.sqrt(2.0))) + x * normal
 

@@ -33,9 +33,7 @@ def _apart_backward_op(dy: torch.Tensor, gate: torch.Tensor, up: torch.Tensor) -
     dtype = ops.compute_dtype(gate.dtype)
     wide, a, b = dy.to(dtype), gate.to(dtype), up.to(dtype)
     s = torch.sigmoid(a)
-    # 1 - s loses digits for large a; a second derivative would show them.
-    complement = torch.sigmoid(-a) if torch.is_grad_enabled() else 1 - s
-    return (wide * b * s * (1 + a * complement)).to(gate.dtype), (wide * a * s).to(up.dtype)
+    return (wide * b * ops.silu_slope(a, s)).to(gate.dtype), (wide * a * s).to(up.dtype)
 
 
 def _forward(x: torch.Tensor, dim: int = -1) -> torch.Tensor:

@@ -119,8 +119,38 @@ def _one_call(mutant: Mutant, function: Callable[..., Any], inputs: Inputs, verd
         compare_outcomes(exact, eager, fused, Bound(SLACK, flips, 2 if second else 1, noise=2.5))
         _compare_directly(exact, eager, fused, _coarsest(mutant))
     except Mismatch as problem:
+        values_agree = str(problem).startswith("gradient to") and "ulp" in str(problem)
+        if second and values_agree and _is_conditioning(eager, fused, run(mutant.program.function(), _nudged(inputs))):
+            return ""
         return str(problem)
     return ""
+
+
+def _nudged(inputs: Inputs) -> Inputs:
+    """Every value one ulp up or down: what a rounding in front of the function does."""
+    generator = torch.Generator().manual_seed(5)
+
+    def nudge(value: torch.Tensor) -> torch.Tensor:
+        ends = torch.rand(value.shape, generator=generator).sub(0.5).div(0.0).to(value.dtype)
+        return torch.nextafter(value.detach(), ends).requires_grad_(value.requires_grad)
+
+    return {n: nudge(v) if v.is_floating_point() else v for n, v in inputs.items()}
+
+
+def _is_conditioning(eager: Outcome, fused: Outcome, nudged: Outcome) -> bool:
+    """Second derivatives that are no further apart than eager's are from its own on inputs an ulp away, and a rounding:
+    the first derivative is rounded between the two, once more where the fused op takes it."""
+
+    def largest(one: torch.Tensor, other: torch.Tensor) -> float:
+        apart = (one.detach().double() - other.detach().double()).abs()
+        return float(apart[torch.isfinite(apart)].max()) if bool(torch.isfinite(apart).any()) else 0.0
+
+    def step(value: torch.Tensor) -> float:
+        finite = value.detach()[torch.isfinite(value.detach())].abs().double()
+        return float(finite.max()) * torch.finfo(value.dtype).eps if finite.numel() else 0.0
+
+    pairs = [(eager.gradients[n], fused.gradients[n], nudged.gradients[n]) for n in eager.gradients]
+    return all(largest(left, right) <= largest(left, moved) + step(left) for left, right, moved in pairs)
 
 
 def _coarsest(mutant: Mutant) -> torch.dtype:
@@ -134,11 +164,16 @@ def _coarsest(mutant: Mutant) -> torch.dtype:
 
 def _compare_directly(exact: Outcome, eager: Outcome, fused: Outcome, coarsest: torch.dtype) -> None:
     """Where float64 computes something else than eager, fused has to be near eager, in ulps of the inputs' dtype."""
-    pairs = [*zip(exact.outputs, eager.outputs, fused.outputs, strict=True)]
-    pairs += [
-        (exact.gradients[n], eager.gradients[n], fused.gradients[n]) for n in eager.gradients if n in exact.gradients
+    found = [
+        (f"output {i}", *values)
+        for i, values in enumerate(zip(exact.outputs, eager.outputs, fused.outputs, strict=True))
     ]
-    for reference, before, after in pairs:
+    found += [
+        (f"gradient to {n}", exact.gradients[n], eager.gradients[n], fused.gradients[n])
+        for n in eager.gradients
+        if n in exact.gradients
+    ]
+    for what, reference, before, after in found:
         if not isinstance(before, torch.Tensor) or not before.is_floating_point() or before.numel() == 0:
             continue
         wide, left, right = (t.detach().double() for t in (reference, before, after))
@@ -147,7 +182,7 @@ def _compare_directly(exact: Outcome, eager: Outcome, fused: Outcome, coarsest: 
             continue
         apart = float(ulps((left - right).abs(), left, coarsest)[finite].max())
         if apart > FAR:
-            raise Mismatch(f"{apart:.0f} ulp from eager, which itself is far from float64")
+            raise Mismatch(f"{what}: {apart:.0f} ulp from eager, which itself is far from float64")
 
 
 def _is_dynamos(mutant: Mutant, mode: Mode, inputs: Inputs) -> bool:

@@ -61,7 +61,7 @@ def prepared(mutant: Mutant, inputs: Inputs) -> Inputs:
     elif mutant.special == "tied":
         twins = [n for n, v in inputs.items() if v.shape == inputs[first].shape]
         made |= dict.fromkeys(twins, inputs[first])
-    elif mutant.special == "zero rows":
+    elif mutant.special == "zero rows" and inputs[first].dim() > 1:
         made[first] = inputs[first] * (torch.arange(inputs[first].shape[-2]) % 2).unsqueeze(-1).to(inputs[first].dtype)
     elif mutant.special == "integer":
         made[first] = (inputs[first] * 3).to(torch.int32)
