@@ -6,6 +6,7 @@ constant factors only, a product only until the value a rule looks for is found.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
@@ -151,6 +152,8 @@ def mean_square_of(view: View, node: Node) -> MeanSquare | None:
     squared = square_of(view, node)
     if squared is not None:
         return _squared_norm(view, node, squared, passed)
+    if name in ("einsum", "vecdot"):
+        return _with_itself(view, node, passed)
     if name not in ("mean", "sum"):
         return None
     x = square_of(view, d.unary(node))
@@ -158,16 +161,40 @@ def mean_square_of(view: View, node: Node) -> MeanSquare | None:
         return None
     shape = d.tensor(d.unary(node)).shape  # type: ignore[union-attr]
     dims = trailing_dims(node, shape, d.operand(node, 1, "dim"))
-    coefficient = 1.0
-    if name == "sum":
-        width = 1
-        for size in shape[len(shape) - dims :]:
-            known = static(size)
-            if known is None:
-                return None
-            width *= known
-        coefficient = float(width)
+    coefficient = _width(shape, dims) if name == "sum" else 1.0
+    if coefficient is None:
+        return None
     return MeanSquare(x, dims, coefficient, (node, *_down_to(view, d.unary(node), x), *passed))
+
+
+def _width(shape: torch.Size, dims: int) -> float | None:
+    """Elements of the last dimensions; None where a size is symbolic."""
+    known = [static(size) for size in shape[len(shape) - dims :]]
+    return None if None in known else float(math.prod(size for size in known if size is not None))
+
+
+def _with_itself(view: View, node: Node, passed: list[Node]) -> MeanSquare | None:
+    """An inner product of x with itself over the last dimensions: `einsum("…d,…d->…", x, x)`, `vecdot(x, x)`."""
+    operands = d.data_inputs(node)
+    if not operands or any(view.vn(n) != view.vn(operands[0]) for n in operands):
+        return None
+    x, found, result = operands[0], d.tensor(operands[0]), d.tensor(node)
+    if found is None or result is None or not found.is_floating_point():
+        return None
+    if d.name(node) == "vecdot":
+        dims = trailing_dims(node, found.shape, d.operand(node, 2, "dim", -1))
+    else:
+        taken, arrow, given = str(node.args[0]).replace(" ", "").replace("...", ".").partition("->")
+        left, _, right = taken.partition(",")
+        dims = len(left) - len(given)
+        if not arrow or left != right or len(set(left)) < len(left) or dims < 1:
+            return None
+        if given != left[:-dims]:
+            raise NotLast(f"einsum {node.args[0]}")
+        if "." in left[-dims:] or result.dim() != found.dim() - dims:
+            return None
+    width = _width(found.shape, dims)
+    return None if width is None else MeanSquare(x, dims, width, (node, *passed))
 
 
 def _squared_norm(view: View, node: Node, squared: Node, passed: list[Node]) -> MeanSquare | None:

@@ -36,6 +36,9 @@ class Emitter(Protocol):
     def cast(self, value: Any, dtype: torch.dtype) -> Any:
         """A rounding mark: lifted to float64 in the proof of equal functions."""
 
+    def cheap(self, value: Any) -> Any:
+        """Small, and pointwise of what is kept anyway (`1 + w`): backward makes it again and keeps nothing."""
+
     def again(self, node: Node, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
         """A node of the site once more, on other operands. It writes into none of them."""
 
@@ -83,6 +86,9 @@ class RunEmitter:
 
     def cast(self, value: Any, dtype: torch.dtype) -> Any:
         return value.to(torch.float64 if self.lifted else dtype)
+
+    def cheap(self, value: Any) -> Any:
+        return value
 
     def again(self, node: Node, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
         recorded = d.tensor(node)

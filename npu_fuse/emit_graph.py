@@ -105,6 +105,16 @@ class GraphEmitter:
             _cheap_to_make_again(made)
         return made
 
+    def cheap(self, value: Any) -> Any:
+        node = value
+        while isinstance(node, Node) and d.name(node) in CHEAP and not d.mutates(node):
+            operands = d.tensors_in(node)
+            if len(operands) != 1:
+                break
+            _cheap_to_make_again(node)
+            node = operands[0]
+        return value
+
     def again(self, node: Node, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
         recorded = d.tensor(node)
         if d.name(node) == "cast" and recorded is not None:
@@ -166,6 +176,9 @@ class GraphEmitter:
             with self.graph.inserting_before(first):
                 self.memo[key] = self.call(torch.full, tuple(shape), fill, dtype=dtype, device=device)
         return self.memo[key]
+
+
+CHEAP = frozenset(("cast", "add", "sub", "mul", "div", "reshape", "view"))
 
 
 def _cheap_to_make_again(node: Node) -> None:

@@ -48,9 +48,7 @@ class Block:
 def sorted_chains(view: View) -> list[Chain]:
     """Runs of grouped matmuls with the same ends and only row-wise steps in between."""
     found: list[tuple[int, Chain]] = []
-    for node in view.nodes:
-        if not node.op.startswith("call") or d.name(node) not in GROUPED:
-            continue
+    for node in view.named(*GROUPED):
         product = _product(node)
         if product is None:
             continue

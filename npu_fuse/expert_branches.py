@@ -60,17 +60,17 @@ def _clusters(view: View) -> list[tuple[list[Branch], list[Node]]]:
 
 def _branches(view: View) -> list[Branch]:
     owner: dict[Node, Branch] = {}
-    for node in view.nodes:
+    products = {n: found for n in view.named("linear", "matmul", "mm") if (found := _product(n)) is not None}
+    first_of_all = view.position[next(iter(products))] if products else len(view.nodes)
+    for node in view.nodes[first_of_all:]:
         if not node.op.startswith("call"):
             continue
-        product = _product(node)
+        product = products.get(node)
         if product is not None:
             branch = owner.get(product.rows) or Branch(product.rows)
             branch.nodes.append(node)
             branch.products.append(product)
             owner[node] = branch
-            continue
-        if not owner:
             continue
         known = [n for n in node.all_input_nodes if n in owner]
         if not known or not is_row_wise(node, owner[known[0]].root) or d.mutates(node):
@@ -92,7 +92,7 @@ def _branches(view: View) -> list[Branch]:
 def _product(node: Node) -> Product | None:
     """rows [T, K] by an expert's own matrix: a parameter, or one of a stacked parameter by number."""
     name = d.name(node)
-    if name not in ("linear", "matmul", "mm") or len(node.args) < 2:
+    if len(node.args) < 2:
         return None
     rows, matrix = node.args[0], node.args[1]
     turned = name == "linear"

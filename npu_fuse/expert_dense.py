@@ -36,8 +36,8 @@ def dense_blocks(view: View) -> list[Block | tuple[Node, str]]:
 
 def _chains(view: View) -> list[Chain]:
     found: list[Chain] = []
-    for node in view.nodes:
-        product = _product(node) if node.op.startswith("call") else None
+    for node in view.named("bmm", "matmul", "einsum"):
+        product = _product(node)
         if product is None:
             continue
         if not any(_joins(chain, product) for chain in found):
@@ -48,8 +48,6 @@ def _chains(view: View) -> list[Chain]:
 def _product(node: Node) -> Product | None:
     """A product of all tokens with every expert's matrix: out [E, T, N] or [T, E, N]."""
     name = d.name(node)
-    if name not in ("bmm", "matmul", "einsum"):
-        return None
     result = d.tensor(node)
     if result is None or result.dim() != 3:
         return None

@@ -80,7 +80,7 @@ class Chain:
 
 def chains(view: View) -> list[Chain]:
     found: list[Chain] = []
-    for node in view.nodes:
+    for node in view.named("bmm", "matmul"):
         product = product_of(view, node)
         if product is None:
             continue
@@ -118,8 +118,6 @@ def gathered_by(node: Any) -> tuple[Node, Node] | None:
 
 def product_of(view: View, node: Node) -> Product | None:
     """A batched product of one row with one gathered matrix."""
-    if not node.op.startswith("call") or d.name(node) not in ("bmm", "matmul"):
-        return None
     left, right = d.binary(node) if d.name(node) == "matmul" else (node.args[0], d.operand(node, 1, "mat2"))
     for operand, row, matrix_first in ((left, right, True), (right, left, False)):
         inner: list[Node] = [node]

@@ -46,14 +46,11 @@ def gates(view: View) -> list[Gate | tuple[Node, str]]:
     if "gates" not in view.memo:
         found: list[Gate | tuple[Node, str]] = []
         taken: set[Node] = set()
-        for node in view.nodes:
-            if not node.op.startswith("call") or node in view.claimed or node in taken:
-                continue
-            if d.name(node) in ("mul", "div"):
-                gate = gate_of(view, node)
-                if gate is not None:
-                    found.append(gate)
-                    taken.update(gate.nodes if isinstance(gate, Gate) else ())
+        for node in view.named("mul", "div"):
+            gate = gate_of(view, node) if node not in view.claimed and node not in taken else None
+            if gate is not None:
+                found.append(gate)
+                taken.update(gate.nodes if isinstance(gate, Gate) else ())
         view.memo["gates"] = found
     result: list[Gate | tuple[Node, str]] = view.memo["gates"]
     return result

@@ -33,8 +33,11 @@ class Region:
     sums: int = 0
 
 
-def is_anchor(view: View, node: Node) -> bool:
-    """A sum of two products below movement, or a complex product, of floating-point tensors."""
+ANCHORS = ("add", "sub", "rsub", "sum", "addcmul", "mul")
+
+
+def is_anchor(node: Node) -> bool:
+    """One of `ANCHORS`: a sum of two products below movement, or a complex product, of floating-point tensors."""
     name = d.name(node)
     found = d.tensor(node)
     if found is None or found.dim() < 1:
@@ -45,7 +48,7 @@ def is_anchor(view: View, node: Node) -> bool:
         return found.dtype.is_floating_point and _is_product(_below(d.unary(node)))
     if name == "addcmul":
         return found.dtype.is_floating_point and _is_product(_below(node.args[0]))
-    if name not in ("add", "sub", "rsub") or not found.dtype.is_floating_point:
+    if not found.dtype.is_floating_point:
         return False
     first, second = d.binary(node)
     return _is_product(_below(first)) and _is_product(_below(second))
@@ -193,6 +196,20 @@ def rotated_values(view: View, region: Region) -> Iterator[Node]:
         if found is not None and found.dtype.is_floating_point and found.dim() == wanted.dim():
             if same_shape(found.shape, wanted.shape) and node is not region.output:
                 yield node
+
+
+def indexed_value(view: View, region: Region) -> Node | None:
+    """A leaf that is another leaf, permuted by an index tensor."""
+    for leaf in region.leaves:
+        if not leaf.op.startswith("call") or d.name(leaf) not in ("getitem", "index", "index_select", "gather"):
+            continue
+        source, value = leaf.args[0], d.tensor(leaf)
+        others = [n for n in region.leaves if n is not leaf]
+        if isinstance(source, Node) and value is not None and any(view.vn(n) == view.vn(source) for n in others):
+            found = d.tensor(source)
+            if found is not None and same_shape(found.shape, value.shape):
+                return leaf
+    return None
 
 
 def _factors(product: Node) -> list[Node]:

@@ -45,6 +45,15 @@ class View:
     """Outputs of sites found so far: values that a later rule takes as they are."""
     memo: dict[Hashable, Any] = field(default_factory=dict)
     """Answers of rules that hold for every site of the same structure."""
+    calls: dict[str, list[Node]] = field(default_factory=dict)
+    """Calls by canonical name, in the graph's order."""
+
+    def named(self, *names: str) -> list[Node]:
+        """Calls of these names, in the graph's order."""
+        lists = [self.calls[name] for name in names if name in self.calls]
+        if len(lists) == 1:
+            return lists[0]
+        return sorted((node for found in lists for node in found), key=self.position.__getitem__)
 
     def vn(self, node: Node) -> int:
         """Equal numbers mean equal values; casts between float types that lose nothing are erased."""
@@ -196,10 +205,13 @@ def _number_values(view: View) -> None:
         key: Hashable = ("node", node)
         if node.op == "get_attr":
             key = ("attr", node.target)
-        elif node.op in ("call_function", "call_method") and d.name(node) in NUMBERED and not _impure(node):
-            found = value_key(view, node)
-            if found is not None:
-                key = (d.name(node), view.scope[node], *found)
+        elif node.op in ("call_function", "call_method"):
+            name = d.name(node)
+            view.calls.setdefault(name, []).append(node)
+            if name in NUMBERED and not _impure(node):
+                found = value_key(view, node)
+                if found is not None:
+                    key = (name, view.scope[node], *found)
         try:
             number = table.setdefault(key, len(table))
         except TypeError:

@@ -53,8 +53,8 @@ ops.differentiable("npu_fast_gelu", _backward, _setup)
 
 def recognise(view: View) -> list[Site | Miss]:
     found: list[Site | Miss] = []
-    for node in view.nodes:
-        if not node.op.startswith("call") or d.name(node) != "mul" or node in view.claimed:
+    for node in view.named("mul"):
+        if node in view.claimed:
             continue
         act = activation_of(view, node)
         if act is None or act.kind != SILU or act.alpha != ALPHA:

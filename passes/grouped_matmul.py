@@ -204,8 +204,7 @@ ops.define(
 
 
 def recognise(view: View) -> list[Site | Miss]:
-    calls = [n for n in view.nodes if n.op.startswith("call") and d.name(n) in SPELLINGS]
-    return [_site(view, n) for n in calls if not n.meta.get("npu_fuse")]
+    return [_site(view, n) for n in view.named(*SPELLINGS) if not n.meta.get("npu_fuse")]
 
 
 def _site(view: View, node: Node) -> Site | Miss:

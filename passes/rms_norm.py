@@ -102,19 +102,17 @@ class _Walk:
 
 def recognise(view: View) -> list[Site | Miss]:
     found: list[Site | Miss] = []
-    for node in view.nodes:
-        if not node.op.startswith("call") or node in view.claimed:
+    for node in view.named("rms_norm", "rsqrt", "sqrt", "pow", "norm", "normalize"):
+        if node in view.claimed:
             continue
         name = d.name(node)
         result: Site | Miss | None
         if name == "rms_norm":
             result = _direct(view, node)
-        elif name in ("rsqrt", "sqrt", "pow", "norm"):
-            result = _from_root(view, node)
         elif name == "normalize":
             result = _normalized(node)
         else:
-            continue
+            result = _from_root(view, node)
         if result is not None:
             found.append(result)
     inner = {n for result in found if isinstance(result, Site) for n in result.nodes}
@@ -384,7 +382,7 @@ def _gamma(
     if found is not None and found.dim() != len(shape):
         value = e.call(torch.reshape, value, shape)
     value = e.cast(value, dtype) if found is None or found.dtype != dtype else value
-    return e.call(torch.mul, value, coefficient) if coefficient != 1.0 else value
+    return e.cheap(e.call(torch.mul, value, coefficient) if coefficient != 1.0 else value)
 
 
 def limits(site: Site, form: Form, target: Target) -> Refusal | None:

@@ -103,13 +103,8 @@ ops.differentiable("npu_rotary_mul", _backward, _setup)
 def recognise(view: View) -> list[Site | Miss]:
     found: list[Site | Miss] = []
     done: set[Node] = set()
-    for node in view.nodes:
-        if (
-            node.op.startswith("call")
-            and node not in done
-            and node not in view.claimed
-            and regions.is_anchor(view, node)
-        ):
+    for node in view.named(*regions.ANCHORS):
+        if node not in done and node not in view.claimed and regions.is_anchor(node):
             result = _from_anchor(view, node, done)
             if result is not None:
                 found.append(result)
@@ -134,6 +129,10 @@ def _from_anchor(view: View, anchor: Node, done: set[Node]) -> Site | Miss | Non
                 return site
             if found:
                 near_miss = near_miss or Miss(NAME, anchor, "rotary_mul.map", found)
+        indexed = regions.indexed_value(view, region)
+        if indexed is not None:
+            reason = f"{indexed.name} is x permuted by an index tensor, whose values are not in the graph"
+            near_miss = near_miss or Miss(NAME, anchor, "rotary_mul.index", reason)
     return near_miss
 
 

@@ -21,6 +21,11 @@ NEAR_MISSES: tuple[Near, ...] = table(
         # --- which elements the statistic is taken over
         "mean over another dim": ("h = e.float(); r = torch.rsqrt(h.pow(2).mean(1, keepdim=True) + 1e-5)\n(h * r).to(e.dtype) * k", DIMS),
         "mean over dim -2": ("h = x.float(); r = torch.rsqrt(h.pow(2).mean(-2, keepdim=True) + 1e-5)\n(h * r).to(x.dtype) * w", DIMS),
+        "einsum over the rows": ("h = e.float(); r = torch.rsqrt(torch.einsum('bsd,bsd->bd', h, h)[:, None] / 6 + 1e-5)\n(h * r).to(e.dtype) * k", DIMS),
+        "einsum over the first": ("h = e.float(); r = torch.rsqrt(torch.einsum('b...,b...->...', h, h) / 6 + 1e-5)\n(h * r).to(e.dtype) * k", DIMS),
+        "einsum with the result turned": ("h = e.float(); r = torch.rsqrt(torch.einsum('bsd,bsd->sb', h, h)[..., None] / 6 + 1e-5).transpose(0, 1)\n(h * r).to(e.dtype) * k",),
+        "einsum of two": ("h = e.float(); r = torch.rsqrt(torch.einsum('bsd,bsd->bs', h, h.flip(-1))[..., None].abs() / 6 + 1e-5)\n(h * r).to(e.dtype) * k", "", OK),
+        "einsum with a trace": ("h = e.float(); r = torch.rsqrt(torch.einsum('bsd,btd->bs', h, h)[..., None].abs() / 6 + 1e-5)\n(h * r).to(e.dtype) * k", "", OK),
         "mean over all": ("h = x.float(); r = torch.rsqrt(h.pow(2).mean() + 1e-5)\n(h * r).to(x.dtype) * w", "", OK),
         "mean over first and last": ("h = e.float(); r = torch.rsqrt(h.pow(2).mean((0, 2), keepdim=True) + 1e-5)\n(h * r).to(e.dtype)", DIMS),
         "lost dimension meets the columns": ("h = e[0].float(); r = torch.rsqrt(h.pow(2).mean(-1) + 1e-5)\n(h * r).to(e.dtype)",),

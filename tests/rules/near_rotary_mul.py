@@ -21,6 +21,7 @@ MAP = "rotary_mul.map"
 NEAR_MISSES: tuple[Near, ...] = table(
     INPUTS,
     {
+        "permuted by an index tensor": ("i = torch.cat((torch.arange(8, 16), torch.arange(0, 8))); sin = torch.cat((-s, s), -1)[:, None]\nx * C[:, None] + x[..., i] * sin", "rotary_mul.index"),
         # --- signs and halves
         "cat(-x1, x2)": (T + HALVES + "rot = torch.cat((-x1, x2), -1)" + END,),
         "cat(x2, x1)": (T + HALVES + "rot = torch.cat((x2, x1), -1)" + END, "", OK),

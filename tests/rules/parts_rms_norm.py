@@ -73,6 +73,9 @@ NAMED: tuple[Program, ...] = tuple(
         "no epsilon": "h = x.float(); q = torch.rsqrt(h.pow(2).mean(-1, keepdim=True))\n(h * q).to(x.dtype) * w",
         "two dims": "h = x.float().view(3, 5, 4, 6); r = torch.rsqrt(h.pow(2).mean((-2, -1), keepdim=True) + 1e-5)\n(h * r).to(x.dtype) * w.view(4, 6)",
         "two dims by F": "F.rms_norm(x.view(3, 5, 4, 6), (4, 6), w.view(4, 6), 1e-5)",
+        "einsum over features": "h = x.float(); v = torch.einsum('bsd,bsd->bs', h, h)[..., None] / 24\n(h * torch.rsqrt(v + 1e-5)).to(x.dtype) * w",
+        "einsum with an ellipsis": "h = x.float(); v = torch.einsum('...d,...d->...', h, h).unsqueeze(-1) / 24\n(h * torch.rsqrt(v + 1e-5)).to(x.dtype) * w",
+        "vecdot": "h = x.float(); v = torch.linalg.vecdot(h, h).unsqueeze(-1) / 24\n(h * torch.rsqrt(v + 1e-5)).to(x.dtype) * w",
         "per head": "h = x.view(3, 5, 4, 6).float(); r = torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + 1e-5)\n(h * r).to(x.dtype) * w[:6]",
         "per head, moved": "h = x.view(3, 5, 4, 6).transpose(1, 2); f = h.float(); r = torch.rsqrt(f.pow(2).mean(-1, keepdim=True) + 1e-5)\n(f * r).to(x.dtype) * w[:6]",
         "grouped": "h = x.view(3, 5, 4, 6).float(); y = h * torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + 1e-5)\n(y.view(3, 5, 24) * w).to(x.dtype)",
@@ -91,14 +94,6 @@ NAMED: tuple[Program, ...] = tuple(
         "result stays wide": "h = x.float()\nh * torch.rsqrt(h.pow(2).mean(-1, True) + 1e-5) * w.float()",
     }.items()
 )  # fmt: skip
-
-LEFT_ALONE: tuple[Program, ...] = tuple(
-    program(name, INPUTS, text)
-    for name, text in {
-        "einsum over features": "h = x.float(); v = torch.einsum('bsd,bsd->bs', h, h)[..., None] / 24\n(h * torch.rsqrt(v + 1e-5)).to(x.dtype) * w",
-    }.items()
-)  # fmt: skip
-"""True norms that are not read: einsum is no sum of products here."""
 
 
 def combined(count: int) -> list[Program]:

@@ -129,10 +129,9 @@ LEFT_ALONE: tuple[Program, ...] = tuple(
     program(name, INPUTS, text)
     for name, text in {
         "einsum for products": "rot = torch.cat((-x[..., 8:], x[..., :8]), -1)\ntorch.einsum('bnsd,bsd->bnsd', x, C) + torch.einsum('bnsd,bsd->bnsd', rot, S)",
-        "index tensor": "i = torch.cat((torch.arange(8, 16), torch.arange(0, 8))); sin = torch.cat((-s, s), -1)[:, None]\nx * C[:, None] + x[..., i] * sin",
     }.items()
 )  # fmt: skip
-"""True rotations that are not read: einsum is no product here, an index tensor's values are not in the graph."""
+"""A true rotation that is not read: einsum is no product here."""
 
 
 def combined(count: int) -> list[Program]:
