@@ -46,7 +46,7 @@ def test_a_good_run_has_nothing_to_mend():
         (f"export TASK_QUEUE_ENABLE=2\n{A}.strategy=fsdp2", "task_queue", "error"),
         (f"{R}.enforce_eager=True", "graph_mode", "warning"),
         (f"{R}.enable_chunked_prefill=False", "chunked_prefill", "warning"),
-        (f"+{R}.engine_kwargs.vllm.compilation_config.cudagraph_mode=FULL", "capture", "warning"),
+        (f"+{R}.engine_kwargs.vllm.compilation_config.cudagraph_mode=FULL", "capture", "info"),
         (f"export HCCL_OP_EXPANSION_MODE=AVI\n{A}.strategy=fsdp2", "hccl", "error"),
         (f"{A}.strategy=megatron", "use_flash_attn", "warning"),
         (f"+{A}.megatron.override_transformer_config.use_flash_attn=False", "use_flash_attn", "error"),

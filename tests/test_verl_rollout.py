@@ -106,7 +106,8 @@ def config(passes=None, additional=None, eager=False, mode="VLLM_COMPILE", captu
 @pytest.fixture
 def ascend(monkeypatch):
     platforms = types.ModuleType("vllm.platforms")
-    platforms.current_platform = SimpleNamespace(pass_key=ASCEND_KEY)
+    compiler = "vllm_ascend.another.release.Compiler"
+    platforms.current_platform = SimpleNamespace(pass_key=ASCEND_KEY, get_compile_backend=lambda: compiler)
     monkeypatch.setitem(sys.modules, "vllm", types.ModuleType("vllm"))
     monkeypatch.setitem(sys.modules, "vllm.platforms", platforms)
 

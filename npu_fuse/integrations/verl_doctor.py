@@ -145,8 +145,12 @@ def _rollout_rows(config: RunConfig) -> Iterator[Finding]:
     yield Finding("verl.graph_mode", "ok", "the rollout runs in graph mode")
     capture = config.get(f"{COMPILATION}.cudagraph_mode", "FULL_AND_PIECEWISE")
     if capture in FULL:
-        message = f"with cudagraph_mode {capture} vllm-ascend runs no pass manager: the rollout stays unfused"
-        yield Finding("verl.capture", "warning", message, f"set {COMPILATION}.cudagraph_mode=FULL_AND_PIECEWISE")
+        message = (
+            f"with cudagraph_mode {capture} vllm-ascend runs no pass manager; npu_fuse fuses what is handed to"
+            " npugraph_ex in its releases from 0.18.0 to 0.23.0 and warns at start in others"
+        )
+        remedy = f"where it warns, set {COMPILATION}.cudagraph_mode=FULL_AND_PIECEWISE"
+        yield Finding("verl.capture", "info", message, remedy)
     named = any("npu_fuse" in v for v in config.under(f"{COMPILATION}.inductor_passes").values())
     if named or config.environment.get("NPU_FUSE_VLLM") == "1" or _rollout_switched_on(config):
         yield Finding("verl.rollout", "ok", "the rollout's graphs are fused by npu_fuse too")

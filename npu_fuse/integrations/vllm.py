@@ -12,15 +12,19 @@ import json
 import logging
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.fx import Graph, GraphModule
 
 from npu_fuse.errors import OptionError
 from npu_fuse.options import Options
+
+if TYPE_CHECKING:
+    from npu_fuse.aten import Decompositions
+    from npu_fuse.targets import Target
 
 logger = logging.getLogger("npu_fuse")
 
@@ -80,10 +84,7 @@ class FusePass:
 
         Raises `OptionError`, `TargetError`, and `StrictError` with the option `strict`.
         """
-        from npu_fuse.announce import announce
         from npu_fuse.aten import inductor_decompositions
-        from npu_fuse.backend import plan
-        from npu_fuse.report import keep
         from npu_fuse.targets import target_of
 
         options = self.chosen()
@@ -91,11 +92,14 @@ class FusePass:
         module = graph if isinstance(graph, GraphModule) else graph.owning_module
         assert module is not None
         expanded = target.name == "reference" and _inside_inductor()
-        aten = inductor_decompositions() if expanded else {}
-        report = plan(module, (), options, False, target, aten=aten, together=True)  # every worker compiles this
-        report = replace(report, handoff="vllm", dynamic=_is_dynamic(module.graph))
-        keep(report)
-        announce(report, replace(options, report_dir=None))  # workers write one table of all graphs
+        _fuse(module, (), options, target, inductor_decompositions() if expanded else {}, "vllm")
+
+    def before(self, graph: GraphModule, example_inputs: Sequence[Any], handoff: str) -> None:
+        """Fuse Dynamo's graph in place, for a compiler that runs no passes. Raises as `__call__` does."""
+        from npu_fuse.targets import target_of
+
+        options = self.chosen()
+        _fuse(graph, example_inputs, options, target_of(options), None, handoff)
 
     def chosen(self) -> Options:
         """Its own options, or those of the environment. Raises `OptionError`."""
@@ -103,6 +107,22 @@ class FusePass:
 
 
 vllm_pass = FusePass()
+
+
+def _fuse(
+    module: GraphModule, example_inputs: Sequence[Any], options: Options, target: Target,
+    aten: Decompositions | None, handoff: str,
+) -> None:  # fmt: skip
+    from npu_fuse.announce import announce
+    from npu_fuse.backend import plan
+    from npu_fuse.report import keep
+
+    report = plan(
+        module, example_inputs, options, False, target, aten=aten, together=True
+    )  # every worker compiles this
+    report = replace(report, handoff=handoff, dynamic=_is_dynamic(module.graph))
+    keep(report)
+    announce(report, replace(options, report_dir=None))  # workers write one table of all graphs
 
 
 def options_of_environment() -> Options:
@@ -140,11 +160,14 @@ def register() -> None:
     it gives a pass that was named by hand the options in `additional_config["npu_fuse"]`.
     """
     from vllm.config import VllmConfig
+    from vllm.platforms import current_platform
 
-    from npu_fuse.integrations.vllm_report import watch
+    from npu_fuse.integrations import vllm_ascend, vllm_report
 
+    if _pass_key() == ASCEND_KEY:
+        vllm_ascend.watch(current_platform, pass_of)
     try:
-        watch(pass_of)
+        vllm_report.watch(pass_of)
     except (ImportError, AttributeError) as unknown:  # the plugin is loaded into engines without npu_fuse too
         logger.info("workers of this vLLM release are not known to npu_fuse and tell nothing: %s", unknown)
     original = VllmConfig.__post_init__
@@ -214,10 +237,19 @@ def obstacles(config: Any, key: str) -> list[tuple[str, str]]:
     if key == ASCEND_KEY:
         capture = getattr(compilation.cudagraph_mode, "name", str(compilation.cudagraph_mode))
         ascend = config.additional_config.get("ascend_compilation_config") or {}
-        if capture in ("FULL", "FULL_DECODE_ONLY") and ascend.get("enable_npugraph_ex", True):
+        skipped = capture in ("FULL", "FULL_DECODE_ONLY") and ascend.get("enable_npugraph_ex", True)
+        if skipped and not _fuses_before_npugraph_ex():
             remedy = (
                 "use cudagraph_mode FULL_AND_PIECEWISE, or set "
                 'additional_config={"ascend_compilation_config": {"enable_npugraph_ex": false}}'
             )
             found.append((f"vllm-ascend runs no pass manager with cudagraph_mode {capture}", remedy))
     return found
+
+
+def _fuses_before_npugraph_ex() -> bool:
+    from vllm.platforms import current_platform
+
+    from npu_fuse.integrations import vllm_ascend
+
+    return vllm_ascend.fuses_first(str(current_platform.get_compile_backend()), pass_of)

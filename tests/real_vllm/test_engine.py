@@ -143,6 +143,17 @@ def test_the_pass_manager_of_ascend(kind, implementation, dtype, fused, models, 
     assert found == {**fused, "norm": NORMS[kind]} and set(statuses) == {"fused"}
 
 
+def test_before_npugraph_ex_where_no_pass_manager_runs(models, tmp_path):
+    """vllm-ascend's compiler with cudagraph_mode FULL: Dynamo's graph is fused before it is handed on."""
+    arguments = {"dtype": "float32", "model_impl": "transformers"}
+    runs = [run(arguments), run(arguments, NPU_FUSE_VLLM="1", **options(tmp_path))]
+    platform = {"NPU_FUSE_TEST_PLATFORM": "ascend_like", "NPU_FUSE_TEST_NPUGRAPH_EX": "1"}
+    made = engines(tmp_path, checkpoint("qwen3", models), runs, VLLM_DISABLE_COMPILE_CACHE="1", **platform)
+    assert len(made.engines) == 2, made.log[-6000:]
+    same(made.engines[1], made.engines[0], "float32")
+    assert sites(tmp_path) == ({**LLAMA, "norm": NORMS["qwen3"]}, {"fused": 15})
+
+
 @pytest.mark.parametrize(
     ("arguments", "variables", "words"),
     [
