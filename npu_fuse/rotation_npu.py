@@ -50,7 +50,10 @@ def emit(e: Emitter, value: Any, cos: Any, sin: Any, turn: r.Turn, x: Node, widt
     swapped = _is_swapped(source) or not _tiling_takes(turn, source, table, width)
     if swapped:
         value, cos, sin = (e.call(torch.transpose, t, 1, 2) for t in (value, cos, sin))
-    y = e.fused("npu_rotary_mul", value, cos, sin, turn.mode)
+    if turn.mode != "half" and _known_rows(source, _kept_dims(turn, source, table)) is None:
+        y = e.fused("rotary_mul_interleaved", value, cos, sin)
+    else:
+        y = e.fused("npu_rotary_mul", value, cos, sin, turn.mode)
     if swapped:
         y = e.call(torch.transpose, y, 1, 2)
     for _ in range(missing):
@@ -112,10 +115,20 @@ def _shape_limit(turn: r.Turn, x: torch.Tensor, cos: torch.Tensor) -> str | None
         return f"cos varies over dims {sorted(kept)} of x, which mode {turn.mode!r} does not take"
     if any(isinstance(s, int) and s >= MAX_BATCH for s in _batch_and_heads(x, kept)):
         return f"batch and heads must be below {MAX_BATCH}"
-    rows = _batch_and_heads(x, kept)
-    if turn.mode != "half" and (not all(isinstance(s, int) for s in rows) or math.prod(rows) >= MAX_BATCH):
-        return f"batch · heads must be known and below {MAX_BATCH} in mode {turn.mode!r}"
+    if turn.mode != "half" and (_known_rows(x, kept) or 0) >= MAX_BATCH:
+        return f"batch · heads must be below {MAX_BATCH} in mode {turn.mode!r}"
     return None
+
+
+def takes(x: torch.Tensor, cos: torch.Tensor) -> bool:
+    """The kernels of mode interleave take these sizes: batch · heads, which cos does not have."""
+    return x.numel() // x.shape[-1] // max(math.prod(cos.shape[:-1]), 1) < MAX_BATCH
+
+
+def _known_rows(x: torch.Tensor, kept: set[int]) -> int | None:
+    """Batch · heads; None where one of them is symbolic: the emitted op looks at each call's own."""
+    rows = _batch_and_heads(x, kept)
+    return math.prod(rows) if all(isinstance(s, int) for s in rows) else None
 
 
 def _old_limit(turn: r.Turn, x: torch.Tensor, cos: torch.Tensor, target: Target) -> str | None:

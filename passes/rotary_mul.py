@@ -12,7 +12,7 @@ The rule reads the map y[d] = a(d)·x[i(d)] + b(d)·x[j(d)] off the traced eleme
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch.fx import Node
@@ -65,6 +65,42 @@ def _backward_tables(
     return dcos.sum_to_size(r1.shape).to(r1.dtype), dsin.sum_to_size(r2.shape).to(r2.dtype)
 
 
+def _interleaved(x: torch.Tensor, r1: torch.Tensor, r2: torch.Tensor) -> torch.Tensor:
+    """Mode interleave where the graph leaves batch · heads open: the kernel where it takes the call's, else plain."""
+    if x.device.type == "npu" and rotation_npu.takes(x, r1):
+        return cast(torch.Tensor, torch.ops.npu.npu_rotary_mul.default(x.contiguous(), r1, r2, "interleave"))
+    return _forward(x, r1, r2, "interleave").contiguous()
+
+
+def _interleaved_dx(dy: torch.Tensor, r1: torch.Tensor, r2: torch.Tensor) -> torch.Tensor:
+    """The rotation back is the rotation by the neighbour's sin, negated."""
+    if dy.device.type == "npu" and rotation_npu.takes(dy, r1):
+        back = r2.reshape(*r2.shape[:-1], -1, 2).flip(-1).flatten(-2) * -1
+        return cast(torch.Tensor, torch.ops.npu.npu_rotary_mul.default(dy.contiguous(), r1, back, "interleave"))
+    return _backward_op(dy, r1, r2, "interleave").contiguous()
+
+
+def _fake(x: torch.Tensor, r1: torch.Tensor, r2: torch.Tensor) -> torch.Tensor:
+    return x.new_empty(x.shape)
+
+
+def _expand(x: torch.Tensor, r1: torch.Tensor, r2: torch.Tensor) -> Any:
+    return NotImplemented if x.device.type == "npu" else _interleaved(x, r1, r2)
+
+
+def _expand_dx(dy: torch.Tensor, r1: torch.Tensor, r2: torch.Tensor) -> Any:
+    return NotImplemented if dy.device.type == "npu" else _interleaved_dx(dy, r1, r2)
+
+
+def _setup_interleaved(ctx: Any, inputs: Any, output: Any) -> None:
+    ctx.save_for_backward(*inputs[1:])
+
+
+def _backward_interleaved(ctx: Any, dy: torch.Tensor) -> Any:
+    """Tables that need a gradient are refused before (`rotation_npu.limits`)."""
+    return ops.backward_op("rotary_mul_interleaved_dx")(dy, *ctx.saved_tensors), None, None
+
+
 def _setup(ctx: Any, inputs: Any, output: Any) -> None:
     x, r1, r2, mode, rotate = inputs
     if rotate is not None:
@@ -95,6 +131,15 @@ ops.define(
     _backward_tables,
 )
 ops.differentiable("npu_rotary_mul", _backward, _setup)
+ops.define(
+    "rotary_mul_interleaved(Tensor x, Tensor r1, Tensor r2) -> Tensor", _interleaved, keeps=(1, 2), fake=_fake,
+    expand=_expand,
+)  # fmt: skip
+ops.define(
+    "rotary_mul_interleaved_dx(Tensor dy, Tensor r1, Tensor r2) -> Tensor", _interleaved_dx, fake=_fake,
+    expand=_expand_dx,
+)  # fmt: skip
+ops.differentiable("rotary_mul_interleaved", _backward_interleaved, _setup_interleaved)
 
 
 # --- the rule --------------------------------------------------------------------------------------

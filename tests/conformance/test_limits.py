@@ -101,6 +101,32 @@ def test_rotations(turn: Callable[..., Any], width: int, training: bool) -> None
         runs_like(rope_of, x, full.cos(), full.sin())
 
 
+@pytest.mark.parametrize("training", [False, True])
+def test_pairs_of_a_batch_that_is_left_open(training: bool) -> None:
+    """One graph: the kernel for 4 and 996 rows of batch · heads, the plain form for 1000, which the kernel refuses."""
+    import npu_host_ops
+
+    torch._dynamo.reset()
+    chosen = {"target": "npu", "handoff": "aot_eager"}
+    fast = torch.compile(rotate_pairs, backend="npu_fuse", options=chosen)
+    for batch, kernels in ((3, 1), (249, 1), (250, 0)):
+        x = torch.randn(batch, 4, 6, 16, requires_grad=training)
+        angles = torch.randn(1, 1, 6, 8).repeat_interleave(2, -1)
+        on = x.detach().npu().requires_grad_(training)
+        torch._dynamo.mark_dynamic(on, 0)
+        npu_host_ops.reset_counts()
+        got = fast(on, angles.cos().npu(), angles.sin().npu())
+        launches = npu_host_ops.counts().get("npu::npu_rotary_mul")
+        assert (launches.launches if launches else 0) == kernels
+        want = rotate_pairs(x.double(), angles.cos().double(), angles.sin().double())
+        torch.testing.assert_close(got.cpu().double(), want, rtol=1e-5, atol=1e-5)
+        if training:
+            dy = torch.randn(x.shape)
+            (dx,) = torch.autograd.grad(got, on, dy.npu())
+            (true,) = torch.autograd.grad(want, x, dy.double())
+            torch.testing.assert_close(dx.cpu(), true, rtol=1e-5, atol=1e-5)
+
+
 def norm(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
     wide = x.float()
     return w * (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + 1e-6)).to(x.dtype)

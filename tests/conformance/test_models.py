@@ -92,7 +92,9 @@ def test_models(name: str, training: bool, dynamic: bool, dtype: torch.dtype) ->
         if training:
             weights = torch.randn_like(true)
             gradients = gradients_of(got, model, weights)
-            assert launched()["npu::npu_rotary_mul_backward"] == count["npu::npu_rotary_mul"]
+            forward, after = count["npu::npu_rotary_mul"], launched()
+            # Where the graph leaves batch · heads open the rotation back is the forward kernel, on other tables.
+            assert after.get("npu::npu_rotary_mul_backward", 0) + after["npu::npu_rotary_mul"] - forward == forward
             compare(model, gradients, gradients_of(eager, model, weights), gradients_of(true, exact, weights))
     left = [s for s in sites() if s.status not in (Status.FUSED, Status.MISSED)]
     assert all(s.op in REFUSED.get((name, dtype), ()) and "overflows" in s.reason for s in left), [
