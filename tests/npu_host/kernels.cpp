@@ -140,7 +140,8 @@ const std::set<std::string> kMixesDevices = {
     "aten::_index_put_impl_", "aten::_foreach_copy_", "aten::_copy_from_and_resize", "aten::set_"};
 const std::set<std::string> kReadsOnHost = {
     "aten::_local_scalar_dense", "aten::item", "aten::nonzero", "aten::masked_select", "aten::equal",
-    "aten::is_nonzero", "aten::_unique2", "aten::unique_consecutive", "aten::repeat_interleave"};
+    "aten::is_nonzero", "aten::_unique2", "aten::unique_consecutive", "aten::repeat_interleave.Tensor",
+    "aten::repeat_interleave.self_Tensor"};
 
 at::Tensor to_host(Aliases& aliases, const OperatorHandle& op, const at::Tensor& t) {
   if (!t.defined() || on_device(t)) return t.defined() ? aliases.host(t) : t;
@@ -264,7 +265,8 @@ void run(const OperatorHandle& called, Stack* stack) {
   const OperatorHandle& op = stand_in == stand_ins.end() ? called : stand_in->second;
   const c10::FunctionSchema& schema = called.schema();
   const size_t inputs = schema.arguments().size();
-  TORCH_CHECK(!npu_host_capturing() || !kReadsOnHost.count(called.operator_name().name),
+  TORCH_CHECK(!npu_host_capturing() || !(kReadsOnHost.count(called.operator_name().name) ||
+                                        kReadsOnHost.count(toString(called.operator_name()))),
               "npu_host: ", called.operator_name(), " reads device memory on the host during a capture");
 
   Call call(called);
