@@ -63,6 +63,9 @@ class Emitter(Protocol):
     def shared(self, key: Hashable, values: Sequence[Any], build: Callable[..., Any]) -> Any:
         """`build(*values)`, once per graph for the same key and values (tables), but for values that are written."""
 
+    def unwidened(self, value: Any) -> Any:
+        """Whole numbers before a cast to wider ones that npu_fuse has written itself."""
+
     def filled(self, shape: Sequence[int], fill: float, like: Any, dtype: torch.dtype) -> Any:
         """A constant tensor on the device of `like`, made once per graph."""
 
@@ -94,6 +97,8 @@ class RunEmitter:
         recorded = d.tensor(node)
         if d.name(node) == "cast" and recorded is not None:
             return self.cast(args[0], recorded.dtype)
+        if self.lifted:
+            args, kwargs = [_in_float64(a) for a in args], {k: _in_float64(v) for k, v in kwargs.items()}
         result = without_writing(node)(*args, **{k: v for k, v in kwargs.items() if k != "inplace"})
         if recorded is not None and recorded.is_floating_point() and not self.lifted:
             return result.to(recorded.dtype)  # what autocast made of it
@@ -123,8 +128,15 @@ class RunEmitter:
     def shared(self, key: Hashable, values: Sequence[Any], build: Callable[..., Any]) -> Any:
         return build(*values)
 
+    def unwidened(self, value: Any) -> Any:
+        return value
+
     def filled(self, shape: Sequence[int], fill: float, like: Any, dtype: torch.dtype) -> Any:
         return torch.full(tuple(shape), fill, device=like.device, dtype=torch.float64 if self.lifted else dtype)
+
+
+def _in_float64(value: Any) -> Any:
+    return torch.float64 if isinstance(value, torch.dtype) and value.is_floating_point else value
 
 
 _NOT_IN_PLACE = {

@@ -167,6 +167,13 @@ class GraphEmitter:
                     self.memo[full_key] = build(*values)
         return self.memo[full_key]
 
+    def unwidened(self, value: Any) -> Any:
+        narrow = value.args[0] if isinstance(value, Node) and value.meta.get("npu_fuse") and value.args else None
+        before, after = d.tensor(narrow), d.tensor(value)
+        if before is None or after is None or (before.dtype, after.dtype) != (torch.int32, torch.int64):
+            return value
+        return narrow if d.name(value) == "cast:other" else value
+
     def filled(self, shape: Sequence[int], fill: float, like: Any, dtype: torch.dtype) -> Any:
         found = d.tensor(like)
         device = found.device if found is not None else torch.device("cpu")

@@ -139,14 +139,15 @@ def _experts(e: Emitter, env: Mapping[Node, Any], chain: Chain, tokens: Node, in
     ends_of = {p.out: p for p in chain.products}
     first = env[chain.products[0].weight]
     number = chain.listed
-    rows, mapping = _permuted(e, env[tokens], env[indices])
+    ids = e.unwidened(env[indices])
+    rows, mapping = _permuted(e, env[tokens], ids)
     slots = d.tensor(chain.slots)
     assert slots is not None
     if number:
         key = ("expert_ends", number)
-        ends = e.shared(key, (env[indices],), lambda i: e.fused("ends_of_experts", i, number))
+        ends = e.shared(key, (ids,), lambda i: e.fused("ends_of_experts", i, number))
     else:
-        ends = e.shared("expert_ends", (env[indices], first), lambda i, w: e.fused("expert_ends", i, w))
+        ends = e.shared("expert_ends", (ids, first), lambda i, w: e.fused("expert_ends", i, w))
     made: dict[Node, Any] = {chain.slots: e.cast(rows, slots.dtype)}
     made |= {v: env[v] for v in chain.vectors}
     for node, source in chain.gathered.items():

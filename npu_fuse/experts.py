@@ -16,6 +16,8 @@ from npu_fuse import dialect as d
 from npu_fuse.sites import MakeInput
 from npu_fuse.view import View, same_size, static
 
+CHOOSING = frozenset("topk npu_moe_gating_top_k npu_moe_gating_top_k_softmax npu_moe_gating_top_k_softmax_v2".split())
+"""Calls whose second result are indices of what they choose from."""
 PLAIN_STEPS = frozenset(("cast", "cast:other", "int", "long", "float", "clone", "contiguous"))
 
 
@@ -119,10 +121,12 @@ def covers_all_rows(view: View, ends: Any, rows: Any) -> bool:
 def _below(view: View, indices: Any, experts: int | None) -> bool:
     """Every index is one of a top-k (or an argmax) over at most `experts` values."""
     node = _through(indices, {"view", "reshape", "flatten", "getitem", "sort", "index_select", "gather"})
-    if not isinstance(node, Node) or experts is None or d.name(node) not in ("topk", "argmax", "argsort"):
+    if not isinstance(node, Node) or experts is None or d.name(node) not in CHOOSING | {"argmax", "argsort"}:
         return False
     scores = d.tensor(d.operand(node, 0, "input"))
-    dim = d.operand(node, 1, "dim") if d.name(node) == "argmax" else d.operand(node, 2, "dim", -1)
+    dim = d.operand(node, 1, "dim") if d.name(node) == "argmax" else node.kwargs.get("dim", -1)
+    if d.name(node) in ("topk", "argsort") and len(node.args) > 2:
+        dim = node.args[2]
     if scores is None or not isinstance(dim, int):
         return False
     width = static(scores.shape[dim])
@@ -138,11 +142,11 @@ def _through(node: Any, names: set[str]) -> Any:
         name = d.name(node)
         if name == "getitem":
             pair = node.args[0]
-            if isinstance(pair, Node) and d.name(pair) in ("topk", "sort") and isinstance(node.args[1], int):
-                wanted = 1 if d.name(pair) == "topk" else 0
+            if isinstance(pair, Node) and d.name(pair) in CHOOSING | {"sort"} and isinstance(node.args[1], int):
+                wanted = 0 if d.name(pair) == "sort" else 1
                 if node.args[1] != wanted:
                     return None
-                if d.name(pair) == "topk":
+                if wanted == 1:
                     return pair
                 node = pair.args[0]
                 continue

@@ -8,7 +8,7 @@ Dynamo graph would delete in-place operations.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -66,9 +66,18 @@ def lower(
         for node in reversed(entry.site.nodes):
             if not node.users and entry.site.output in replaced and not node._erased:
                 gm.graph.erase_node(node)
+    results = [_tidied(r) for r in results]
     if results:
         gm.recompile()
     return results
+
+
+def _tidied(result: Lowered) -> Lowered:
+    """Without what another site's form made needless: casts of whole numbers that it reads as they were."""
+    needless = [n for n in result.made if not n.users and d.name(n) == "cast:other"]
+    for node in needless:
+        node.graph.erase_node(node)
+    return replace(result, made=tuple(n for n in result.made if n not in needless))
 
 
 def _last(view: View, site: Site) -> Node:

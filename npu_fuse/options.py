@@ -33,6 +33,7 @@ CHOICES: Mapping[str, tuple[str, ...]] = {
     "numerics": ("fused", "exact"),
     "prove": ("once", "always", "shadow"),
     "shadow_action": ("raise", "log"),
+    "moe_gating": ("inference", "always", "never"),
 }
 MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
 FLAGS = ("strict", "frozen_weights")
@@ -105,6 +106,9 @@ class Options:
     mc2_min_rows: int | None = None
     """Products of fewer rows (tokens) than this are not fused with the communication behind them: the fused
     kernels are slower for decode-sized inputs. None: 512 with target npu, none with target reference."""
+    moe_gating: str = "inference"
+    """Where routers of experts become one op: which of several tied experts it takes is its own choice, as it is
+    torch.topk's. "inference": not where their weights carry a gradient; "always"; "never"."""
     frozen_weights: bool = False
     """The user's word that weights never change after compiling, so that copies of them may be kept."""
     proof_cache: str | None = None

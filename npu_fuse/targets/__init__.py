@@ -32,6 +32,8 @@ class Target:
     """The hand-off translates ops one by one and must see the NPU's own: communicators' names are constants then."""
     min_rows: int = 0
     """Products of fewer rows are not fused with the communication that follows."""
+    gating: str = "inference"
+    """Where routers may be fused: the option moe_gating."""
 
     @property
     def generation(self) -> str:
@@ -57,9 +59,13 @@ def target_of(options: Options, planning: bool = False) -> Target:
     """
     concat = options.glu_concat
     if planning and options.target == "npu" and options.soc is not None and not npu_is_loaded():
-        return Target("npu", "npu", options.soc, present=False, concatenates=concat is not False)
+        return Target(
+            "npu", "npu", options.soc, present=False, concatenates=concat is not False, gating=options.moe_gating
+        )
     if resolve_target(options) == "reference":
-        return replace(REFERENCE, concatenates=concat is True, min_rows=options.mc2_min_rows or 0)
+        return replace(
+            REFERENCE, concatenates=concat is True, min_rows=options.mc2_min_rows or 0, gating=options.moe_gating
+        )
     soc = options.soc
     if soc is None:
         npu: Any = torch.npu  # type: ignore[attr-defined]
@@ -67,7 +73,8 @@ def target_of(options: Options, planning: bool = False) -> Target:
     rows = MC2_MIN_ROWS if options.mc2_min_rows is None else options.mc2_min_rows
     literal = _translates(options.handoff)
     return Target(
-        "npu", "npu", soc, concatenates=concat is not False, names_in_graph=literal, min_rows=rows
+        "npu", "npu", soc, concatenates=concat is not False, names_in_graph=literal, min_rows=rows,
+        gating=options.moe_gating,
     )  # fmt: skip
 
 

@@ -43,6 +43,9 @@ SUPPORT: Mapping[str, Support] = {
     "npu_clipped_swiglu": _on("document of npu_clipped_swiglu", newest=False),
     "npu_fast_gelu": _on("documents of npu_fast_gelu and aclnnFastGelu", OLD, OLD),
     "npu_grouped_matmul": _on("documents of npu_grouped_matmul and aclnnGroupedMatmulV5", (F16,)),
+    "npu_moe_gating_top_k": _on("documents of npu_moe_gating_top_k and aclnnMoeGatingTopK"),
+    "npu_moe_gating_top_k_softmax": _on("document of npu_moe_gating_top_k_softmax", newest=False),
+    "npu_moe_gating_top_k_softmax_v2": _on("document of aclnnMoeGatingTopKSoftmaxV2"),
     "npu_moe_token_permute": _on("document of aclnnMoeTokenPermute"),
     "npu_moe_token_unpermute": _on(
         "document of aclnnMoeTokenUnpermute, which on Ascend 950 calls aclnnMoeFinalizeRoutingV2 instead", newest=False
