@@ -25,6 +25,8 @@ class Case:
     dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.float16, torch.bfloat16)
     keeps_strides: bool = False
     """The meta kernel promises a permuted input's strides; the device gives contiguous results."""
+    unwritten: tuple[int, ...] = ()
+    """Which results the op need not write for these arguments."""
     extra: dict[str, Any] = field(default_factory=dict)
 
     def __str__(self) -> str:
@@ -93,6 +95,18 @@ def _unpermute(k: int, probs: torch.dtype | None = None) -> Callable[[torch.dtyp
     return make
 
 
+def _router(experts: int = 64, bias: bool = False, **named: Any) -> Callable[[torch.dtype], Arguments]:
+    """Logits without ties, the same values in another order for each token."""
+
+    def make(dtype: torch.dtype) -> Arguments:
+        values = 0.125 * torch.arange(experts, dtype=torch.float64) - 4
+        x = torch.stack([values[torch.randperm(experts)] for _ in range(9)]).to(dtype)
+        return [x], {**named, **({"bias": (0.01 * _normal(experts)).to(dtype)} if bias else {})}
+
+    return make
+
+
+GROUPS: dict[str, Any] = {"k": 8, "group_count": 8, "k_group": 4, "norm_type": 1, "routed_scaling_factor": 2.5}
 COMMUNICATING = ("npu_all_gather_base_mm", "npu_mm_all_reduce_base", "npu_mm_reduce_scatter_base")
 """Ops that need other ranks: called inside ops of npu_fuse, tested with two processes."""
 MIXED = (torch.float16, torch.bfloat16)
@@ -121,6 +135,11 @@ CASES = (
     Case("npu_grouped_matmul", _grouped(0, (3, 3, 11, 24)), "rows"),
     Case("npu_grouped_matmul", _grouped(0, (3, 3, 11, 24), transposed=True), "view"),
     Case("npu_grouped_matmul", _grouped(2, (3, 3, 11, 24)), "weights"),
+    Case("npu_moe_gating_top_k", _router(bias=True, group_select_mode=1, **GROUPS), "pairs", unwritten=(2,)),
+    Case("npu_moe_gating_top_k", _router(group_select_mode=0, out_flag=True, **GROUPS), "largest"),
+    Case("npu_moe_gating_top_k", _router(k=6, norm_type=0, routed_scaling_factor=16.0), "softmax", unwritten=(2,)),
+    Case("npu_moe_gating_top_k_softmax", _router(k=6)),
+    Case("npu_moe_gating_top_k_softmax_v2", _router(k=6, renorm=1)),
     Case("npu_moe_token_permute", _permute(2), "", "npu_moe_token_permute_grad_v2", (0,)),
     Case("npu_moe_token_permute", _permute(1), "one", "npu_moe_token_permute_grad_v2", (0,)),
     Case("npu_moe_token_unpermute", _unpermute(3), "", UNPERMUTE, (0, 2)),

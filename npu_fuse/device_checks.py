@@ -74,6 +74,7 @@ def call(case: Case, dtype: torch.dtype) -> str:
     args, named = case.make(dtype)
     given = several(npu(case.op)(*on("npu", args), **on("npu", named)))
     exact = several(reference(case.op)(*on("cpu", args, torch.float64), **named))
+    given, exact = ([t for i, t in enumerate(r) if i not in case.unwritten] for r in (given, exact))
     added = case.op == "npu_add_rms_norm"
     return _worst(given, exact, 3.0 if added else 1.0, dtype if added else None)
 

@@ -46,6 +46,10 @@ def clipped(x: torch.Tensor, **named: Any) -> Any:
     return torch.ops.npu.npu_clipped_swiglu(x, **named)
 
 
+def gate(x: torch.Tensor, k: int = 2, **named: Any) -> Any:
+    return torch.ops.npu.npu_moe_gating_top_k(x, k, **named)
+
+
 Call = Callable[[], Any]
 EDGES: dict[str, tuple[Call, Call]] = {
     "rms gamma of another length": (lambda: rms(t(2, 8), t(4)), lambda: rms(t(2, 8), t(8))),
@@ -103,6 +107,25 @@ EDGES: dict[str, tuple[Call, Call]] = {
     ),
     "clipped rank 1": (lambda: clipped(t(8)), lambda: clipped(t(1, 8))),
     "clipped strided": (lambda: clipped(t(2, 16)[:, :8]), lambda: clipped(t(2, 16)[:, :8].contiguous())),
+    "gating rank 3": (lambda: gate(t(2, 3, 8)), lambda: gate(t(6, 8))),
+    "gating experts": (lambda: gate(t(2, 2049)), lambda: gate(t(2, 2048))),
+    "gating groups of two": (
+        lambda: gate(t(2, 8), group_count=4, k_group=2),
+        lambda: gate(t(2, 12), group_count=4, k_group=2),
+    ),
+    "gating groups filled up": (
+        lambda: gate(t(2, 260), group_count=65, k_group=1),
+        lambda: gate(t(2, 256), group_count=64, k_group=1),
+    ),
+    "gating k of the groups": (
+        lambda: gate(t(2, 16), 9, group_count=4, k_group=2),
+        lambda: gate(t(2, 16), 8, group_count=4, k_group=2),
+    ),
+    "gating bias": (lambda: gate(t(2, 8, dtype=BF16), bias=t(8)), lambda: gate(t(2, 8), bias=t(8))),
+    "gating softmax k": (
+        lambda: torch.ops.npu.npu_moe_gating_top_k_softmax(t(2, 1025), k=1025),
+        lambda: torch.ops.npu.npu_moe_gating_top_k_softmax(t(2, 1025), k=1024),
+    ),
     "fast gelu float64": (
         lambda: torch.ops.npu.npu_fast_gelu(t(2, dtype=torch.float64)),
         lambda: torch.ops.npu.npu_fast_gelu(t(2)),

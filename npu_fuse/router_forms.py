@@ -116,20 +116,23 @@ def _emit(router: Router, way: Way, width: torch.dtype, result: torch.dtype) -> 
 
 def _call(e: Emitter, router: Router, x: Any, bias: Any, op: str = GATED, **named: Any) -> tuple[Any, Any, Any]:
     """Weights, experts (int32) and the third result of the op."""
-    if op == GATED:
+    if op == SOFT:
+        made = e.fused("npu_moe_gating_top_k_softmax_v2", x, k=router.k, renorm=1)
+    elif op == SCORES:
+        made = e.fused("npu_moe_gating_top_k_softmax", x, k=router.k)
+    else:
         groups = router.choice.groups
         if groups is not None and groups.count > 1:
             named |= {"k_group": groups.kept, "group_count": groups.count, "group_select_mode": int(groups.pairs)}
         named |= {"bias": bias} if bias is not None else {}
-        made = e.fused(op, x, router.k, norm_type=int(router.choice.kind == SIGMOID), **named)
-    else:
-        made = e.fused(op, x, k=router.k, **named)
+        kind = int(router.choice.kind == SIGMOID)
+        made = e.fused("npu_moe_gating_top_k", x, router.k, norm_type=kind, **named)
     return item(e, made, 0), item(e, made, 1), item(e, made, 2)
 
 
 def _soft(router: Router) -> Write:
     def write(e: Emitter, x: Any, bias: Any, env: Mapping[Node, Any]) -> tuple[Any, Any]:
-        y, experts, _ = _call(e, router, x, bias, SOFT, renorm=1)
+        y, experts, _ = _call(e, router, x, bias, SOFT)
         return (e.call(torch.mul, y, router.scale) if router.scale != 1.0 else y), experts
 
     return write
@@ -161,9 +164,8 @@ def _gathered(router: Router) -> Write:
 
 def _apart(router: Router, op: str, head: Sequence[Node]) -> Write:
     def write(e: Emitter, x: Any, bias: Any, env: Mapping[Node, Any]) -> tuple[Any, Any]:
-        renorm = {"renorm": 1} if op == SOFT else {}
         fixed = None if bias is None else e.call(torch.Tensor.detach, bias)
-        _, experts, _ = _call(e, router, e.call(torch.Tensor.detach, x), fixed, op, **renorm)
+        _, experts, _ = _call(e, router, e.call(torch.Tensor.detach, x), fixed, op)
         made: dict[Node, Any] = {router.choice.x: env[router.choice.x]}
         _again(e, head, made)
         scores = made[head[-1]] if head else env[router.choice.x]

@@ -89,7 +89,9 @@ def test_golden(case: Case, dtype: torch.dtype) -> None:
     exact = several(ours(case.op)(*on("cpu", args, torch.float64), **named))
     # add_rms_norm rounds the sum, the quotient and the product to x's dtype; its statistics follow the rounded sum.
     rounds = 3 * torch.finfo(dtype).eps if case.op == "npu_add_rms_norm" else 0.0
-    for given, same, true in zip(device, reference, exact, strict=True):
+    for i, (given, same, true) in enumerate(zip(device, reference, exact, strict=True)):
+        if i in case.unwritten:
+            continue
         relative = rounds or (torch.finfo(given.dtype).eps if given.is_floating_point() else 0.0)
         close(given.cpu(), true, relative)
         close(given.cpu(), same.double(), relative)

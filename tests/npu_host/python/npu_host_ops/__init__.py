@@ -35,6 +35,7 @@ def install() -> None:
         communication,
         experts,
         gates,
+        gating,
         matmul,
         norms,
         rotary,
