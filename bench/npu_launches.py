@@ -2,6 +2,7 @@
 
     scripts/npu-host python bench/npu_launches.py                    six models, inference and training
     scripts/npu-host python bench/npu_launches.py --model qwen3      one of them, with every operator
+    scripts/npu-host python bench/npu_launches.py --experts          blocks of experts, with the router's op and without
 
 Counted are kernels and the bytes of their distinct inputs and of what they write: a model of three layers less one of
 two, bf16, attention by torch_npu's own fused op. Variants: eager; the hand-off alone (npugraph_ex in inference,
@@ -27,6 +28,10 @@ MODELS = ("llama", "qwen3", "gemma3_text", "glm4", "deepseek_v3", "cohere2")
 LAYERS = {"deepseek_v3": (3, 4)}
 """Where a model of two layers has none of the kind that repeats."""
 VARIANTS = ("eager", "hand-off", "npu_fuse")
+BLOCKS = ("qwen3_moe", "mixtral", "deepseek_v3", "gpt_oss")
+BLOCK_VARIANTS: dict[str, dict[str, Any] | None] = {
+    "eager": None, "router apart": {"moe_gating": "never"}, "npu_fuse": {"moe_gating": "inference"},
+}  # fmt: skip
 MOVES = ("aten::cat", "aten::clone", "aten::copy_", "aten::_to_copy", "npu::_npu_dtype_cast", "aten::contiguous")
 
 
@@ -44,10 +49,15 @@ class Launches:
 
 @click.command(help=__doc__)
 @click.option("--model", "models", multiple=True, type=click.Choice(MODELS))
+@click.option("--experts", is_flag=True, help="Blocks of experts in inference, by themselves.")
 @click.option("--training/--inference", "training", default=None, help="Only one of the two.")
 @click.option("--json", "as_json", is_flag=True)
-def main(models: tuple[str, ...], training: bool | None, as_json: bool) -> None:
+def main(models: tuple[str, ...], experts: bool, training: bool | None, as_json: bool) -> None:
     torch.set_num_threads(1)
+    if experts:
+        rows = [measure_experts(name) for name in BLOCKS]
+        common.show({"machine": common.machine(), "rows": rows}, [_blocks(rows), _operators(rows)], as_json)
+        return
     rows = []
     for name in models or MODELS:
         for train in (False, True) if training is None else (training,):
@@ -100,6 +110,47 @@ def _launches(name: str, layers: int, variant: str, train: bool) -> Launches:
     return Launches(kernels, sum(count.read + count.written for count in counts.values()))
 
 
+def measure_experts(name: str) -> dict[str, Any]:
+    """Launches of one more block of experts in npugraph_ex's graph: two in a row less one, whose input is copied."""
+    found = {kind: _blocks_in_a_row(name, 2, o) - _blocks_in_a_row(name, 1, o) for kind, o in BLOCK_VARIANTS.items()}
+    return {
+        "model": name, "training": False, "launches": {kind: kernels.total() for kind, kernels in found.items()},
+        "operators": {kind: dict(kernels) for kind, kernels in found.items()},
+    }  # fmt: skip
+
+
+def _blocks_in_a_row(name: str, count: int, options: dict[str, Any] | None) -> Counter[str]:
+    import npu_host_ops
+
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    from npu_fuse.architectures import build
+
+    model, _ = build(name, dtype=torch.bfloat16, layers=count + LAYERS.get(name, (2, 3))[0])
+    blocks = [m for m in model.eval().modules() if any(child == "experts" for child, _ in m.named_children())]
+    chain = blocks[-count:]
+    width = model.config.get_text_config().hidden_size
+    x = torch.randn(1, 24, width, dtype=torch.bfloat16).npu()  # type: ignore[attr-defined]
+    for block in chain:
+        block.npu()
+
+    def run(x: torch.Tensor) -> torch.Tensor:
+        for block in chain:
+            y = block(x)
+            x = y[0] if isinstance(y, tuple) else y
+        return x
+
+    called: Any = run
+    if options is not None:
+        options = {"target": "npu", "handoff": _handoff(False), **options}
+        called = torch.compile(run, backend="npu_fuse", options=options)
+    with torch.no_grad():
+        for _ in range(2):
+            npu_host_ops.reset_counts()
+            called(x)
+    return Counter({op: count.launches for op, count in npu_host_ops.counts().items() if count.launches})
+
+
 def _model(name: str, layers: int, train: bool) -> tuple[Any, torch.Tensor]:
     from npu_fuse.architectures import build
 
@@ -133,14 +184,25 @@ def _table(rows: list[dict[str, Any]]) -> Table:
     return table
 
 
+def _blocks(rows: list[dict[str, Any]]) -> Table:
+    table = Table(title="Launches of one more block of experts, bf16, inference, stand-in for the NPU")
+    for column in ("model", *BLOCK_VARIANTS):
+        table.add_column(column, justify="left" if column == "model" else "right")
+    for row in rows:
+        table.add_row(row["model"], *(str(row["launches"][v]) for v in BLOCK_VARIANTS))
+    return table
+
+
 def _operators(rows: list[dict[str, Any]]) -> Table:
     table = Table(title="By operator")
-    for column in ("", "operator", *VARIANTS):
+    variants = list(rows[0]["operators"])
+    for column in ("", "operator", *variants):
         table.add_column(column)
     for row in rows:
         for op in sorted({op for kernels in row["operators"].values() for op in kernels}):
-            counts = [str(row["operators"][v].get(op, "")) for v in VARIANTS]
-            table.add_row("training" if row["training"] else "inference", op, *counts)
+            counts = [str(row["operators"][v].get(op, "")) for v in variants]
+            mode = "training" if row["training"] else "inference"
+            table.add_row(f"{row['model']} {mode}", op, *counts)
     return table
 
 

@@ -168,11 +168,18 @@ class GraphEmitter:
         return self.memo[full_key]
 
     def unwidened(self, value: Any) -> Any:
-        narrow = value.args[0] if isinstance(value, Node) and value.meta.get("npu_fuse") and value.args else None
-        before, after = d.tensor(narrow), d.tensor(value)
+        if not isinstance(value, Node) or not value.args or not isinstance(value.args[0], Node):
+            return value
+        source = value.args[0]
+        if d.moves(value) and d.name(value) != "getitem" and value.all_input_nodes == [source]:
+            narrow = self.unwidened(source)
+            return (
+                value if narrow is source else self.call(d.function_of(value), narrow, *value.args[1:], **value.kwargs)
+            )
+        before, after = d.tensor(source), d.tensor(value)
         if before is None or after is None or (before.dtype, after.dtype) != (torch.int32, torch.int64):
             return value
-        return narrow if d.name(value) == "cast:other" else value
+        return source if value.meta.get("npu_fuse") and d.name(value) == "cast:other" else value
 
     def filled(self, shape: Sequence[int], fill: float, like: Any, dtype: torch.dtype) -> Any:
         found = d.tensor(like)

@@ -73,11 +73,22 @@ def lower(
 
 
 def _tidied(result: Lowered) -> Lowered:
-    """Without what another site's form made needless: casts of whole numbers that it reads as they were."""
-    needless = [n for n in result.made if not n.users and d.name(n) == "cast:other"]
+    """Without what another site's form made needless: casts of whole numbers that it reads as they were, and views
+    of them that it alone read."""
+    needless: list[Node] = []
+    for node in result.made:
+        unread = _unread(node) if d.name(node) == "cast:other" else None
+        needless += unread or []
     for node in needless:
         node.graph.erase_node(node)
     return replace(result, made=tuple(n for n in result.made if n not in needless))
+
+
+def _unread(node: Node) -> list[Node] | None:
+    """The node and the views of it, last first, if nothing reads any of them."""
+    found = [_unread(user) if d.moves(user) and not d.mutates(user) else None for user in node.users]
+    parts = [part for part in found if part is not None]
+    return [*(n for part in parts for n in part), node] if len(parts) == len(found) else None
 
 
 def _last(view: View, site: Site) -> Node:

@@ -21,3 +21,16 @@ def test_a_qwen3_layer(monkeypatch: pytest.MonkeyPatch) -> None:
     row = npu_launches.measure("qwen3", False)
     assert row["launches"]["npu_fuse"] <= min(AT_MOST, row["bound"]) < row["launches"]["hand-off"] / 2
     assert row["bytes"]["npu_fuse"] < row["bytes"]["hand-off"]
+
+
+BLOCK_AT_MOST = 9
+"""Of Qwen3-MoE's experts: router, its op, permute, two for the ends of groups, two matmuls, a gate, unpermute."""
+
+
+def test_a_block_of_qwen3_moe(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("transformers")
+    monkeypatch.syspath_prepend(str(Path(__file__).resolve().parents[2] / "bench"))
+    import npu_launches
+
+    launches = npu_launches.measure_experts("qwen3_moe")["launches"]
+    assert launches["npu_fuse"] <= BLOCK_AT_MOST < launches["router apart"] < launches["eager"]
