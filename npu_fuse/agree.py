@@ -109,12 +109,11 @@ def _group(node: Node) -> Group | None:
     if dtensors.is_reduction(node) or dtensor_rows.is_scatter(node) or dtensor_rows.is_gather(node):
         layout = dtensors.layout_of(node.args[0])
         return layout.group if layout is not None and len(layout.placements) == 1 else None
+    if functions.is_function(node):
+        return functions.group_of(node)
     copied = copies.group_of(node)
     if copied is not None:
         return copied
-    if functions.is_function(node):
-        reduction = functions.reduction_of(node)
-        return reduction.group if isinstance(reduction, collectives.Reduction) else None
     if exchanges.is_scatter(node) or exchanges.is_gather(node):
         group = group_of(exchanges.group_argument(node))
     elif collectives.is_all_reduce(node):

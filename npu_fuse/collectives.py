@@ -17,7 +17,7 @@ from torch.fx import Node
 from npu_fuse import dialect as d
 from npu_fuse import pretend
 from npu_fuse.groups import Group, group_of, is_collective
-from npu_fuse.sites import StandIn
+from npu_fuse.sites import StandIn, passed_on
 from npu_fuse.view import View
 
 KEEPS_ORDER = frozenset(
@@ -93,34 +93,43 @@ def reduction_of(view: View, node: Node) -> Reduction | str:
     found = waited(view, node)
     if isinstance(found, str):
         return found
-    wait, overlapped = found
-    stand_ins[wait] = StandIn((node,), _same, "wait")
-    copies = [n for n in wait.users if d.name(n) == "copy" and d.operand(n, 1, "src") is wait]
-    if not copies:
-        return Reduction(node, source, group, wait, False, (node, wait), gradient, overlapped, stand_ins)
-    copy = copies[0]
+    copy = found.copy
+    stand_ins[found.wait] = passed_on(node, "wait")
+    nodes: tuple[Node, ...] = (node, found.wait)
+    if copy is None:
+        return Reduction(node, source, group, found.wait, False, nodes, gradient, found.overlapped, stand_ins)
     assert isinstance(source, Node)
-    if len(wait.users) != 1 or copy.args[0] is not source:
+    if not found.only_copied or copy.args[0] is not source:
         return "the sum is copied into another tensor than the one that was reduced"
-    nodes = (node, wait, copy)
-    if not d.mutates(copy):  # aten's functional graphs
-        return Reduction(node, source, group, copy, False, nodes, gradient, overlapped, stand_ins)
-    return Reduction(node, source, group, source, True, nodes, gradient, overlapped, stand_ins)
+    written = d.mutates(copy)  # not in aten's functional graphs
+    value = source if written else copy
+    return Reduction(node, source, group, value, written, (*nodes, copy), gradient, found.overlapped, stand_ins)
 
 
-def waited(view: View, node: Node) -> tuple[Node, bool] | str:
-    """The wait for a collective, and whether other work stands between the two; why there is no such pair."""
+@dataclass(frozen=True)
+class Waited:
+    """The wait for a collective, and the copy of its result into memory, where there is one."""
+
+    wait: Node
+    overlapped: bool
+    """Other work stands between the collective and its wait."""
+    copy: Node | None = None
+    only_copied: bool = False
+    """Nothing but the copy reads the result."""
+
+
+def waited(view: View, node: Node) -> Waited | str:
+    """How the graph waits for a collective and where it keeps the result; why this cannot be said."""
     waits = [n for n in node.users if d.raw_name(n) == "wait_tensor"]
     if len(node.users) != 1 or len(waits) != 1:
         return "the collective's result is not waited for once"
     between = view.nodes[view.position[node] + 1 : view.position[waits[0]]]
     if any(is_collective(n) for n in between):
         return "another collective is started before this one is waited for: their order must stay"
-    return waits[0], any(n.op.startswith("call") and d.name(n) not in d.MOVEMENT for n in between)
-
-
-def _same(value: Any) -> Any:
-    return value
+    wait = waits[0]
+    overlapped = any(n.op.startswith("call") and d.name(n) not in d.MOVEMENT for n in between)
+    copies = [n for n in wait.users if d.name(n) == "copy" and d.operand(n, 1, "src") is wait]
+    return Waited(wait, overlapped, copies[0] if copies else None, len(wait.users) == 1)
 
 
 def is_read(view: View, value: Node, inside: Collection[Node]) -> bool:

@@ -14,11 +14,11 @@ from functools import partial
 from torch.fx import Node
 
 from npu_fuse import dialect as d
-from npu_fuse import dtensor_rows, dtensors, functions, pretend
+from npu_fuse import dtensor_rows, dtensors, functions, layers, pretend
 from npu_fuse.collectives import KEEPS_ORDER
 from npu_fuse.groups import Group
-from npu_fuse.products import Product, product_of, untransposed
-from npu_fuse.sites import StandIn
+from npu_fuse.products import Product, untransposed
+from npu_fuse.sites import NO_VALUE, StandIn, passed_on
 from npu_fuse.view import View
 
 
@@ -51,6 +51,9 @@ def group_of(node: Node) -> Group | None:
 
 def find(view: View, node: Node) -> Copied | str | None:
     """The product behind a copy; why its gradient cannot be fused with the sum; None where no product reads it."""
+    layer = layers.find(node, layers.COPIED) if functions.is_function(node) else None
+    if layer is not None:
+        return layer if isinstance(layer, str) else _of_layer(node, layer)
     group = group_of(node)
     if group is None or group.size == 1 or (made := d.tensor(functions.operand_of(node) or node.args[0])) is None:
         return None
@@ -59,28 +62,34 @@ def find(view: View, node: Node) -> Copied | str | None:
     return _of_function(view, node, group) if functions.is_function(node) else _of_dtensor(view, node, group)
 
 
+def _of_layer(node: Node, layer: layers.Layer) -> Copied | None:
+    product, group = layer.product, layer.group
+    assert group is not None
+    return Copied(node, product.x, group, product, product.node, product.nodes, (), layer.stand_ins)
+
+
 def _of_function(view: View, node: Node, group: Group) -> Copied | str | None:
     source, users = functions.operand_of(node), list(node.users)
     assert source is not None
     if len(users) != 1 or d.raw_name(users[0]) != "getitem":
         return None
     bodies = tuple(a for a in node.args[:2] if isinstance(a, Node))
-    stand_ins = {body: StandIn((), _nothing, "body") for body in bodies}
+    stand_ins = {body: NO_VALUE for body in bodies}
     run = partial(pretend.copied, size=group.size)
-    stand_ins |= {node: StandIn((source,), run, ("copied", group.size)), users[0]: StandIn((node,), _same, "item")}
+    stand_ins |= {node: StandIn((source,), run, ("copied", group.size)), users[0]: passed_on(node, "item")}
     found = _reader(view, users[0])
     if not isinstance(found, tuple):
         return found
-    product, moves = found
+    product, moves, inner = found
     nodes = (*bodies, node, users[0], *moves, *product.nodes)
-    return Copied(node, source, group, product, product.node, nodes, moves, stand_ins)
+    return Copied(node, source, group, product, product.node, nodes, moves, {**stand_ins, **inner})
 
 
 def _of_dtensor(view: View, node: Node, group: Group) -> Copied | str | None:
     found = _reader(view, node)
     if not isinstance(found, tuple):
         return found
-    product, moves = found
+    product, moves, _ = found
     why = dtensor_rows.unfit(product)
     made = dtensors.value_of(product.node)
     if why or isinstance(made, str):
@@ -95,24 +104,23 @@ def _of_dtensor(view: View, node: Node, group: Group) -> Copied | str | None:
     return Copied(node, source, group, product, value, nodes, tuple(m for m in moves if m not in unchanged), stand_ins)
 
 
-def _reader(view: View, node: Node) -> tuple[Product, tuple[Node, ...]] | str | None:
-    """The only reader of a value, a product, and what brings the value into its shape."""
+def _reader(view: View, node: Node) -> tuple[Product, tuple[Node, ...], Mapping[Node, StandIn]] | str | None:
+    """The only reader of a value, a product, what brings the value into its shape, and stand-ins of the reader."""
     moves: list[Node] = []
     while True:
         users = list(node.users)
         readers = [
-            u for u in users if isinstance(p := product_of(u), Product) and p.x is node and node not in (p.w, p.bias)
+            p for u in users if (p := layers.product_at(u)) and p[0].x is node and node not in (p[0].w, p[0].bias)
         ]  # fmt: skip
         if len(users) > 1 and readers:
             return "several read the copied value: their gradients are added before they are reduced"
         if len(users) != 1:
             return None
         if readers:
-            product = product_of(readers[0])
-            assert isinstance(product, Product)
+            product, stand_ins = readers[0]
             if product.contracted != 1:
                 return "the product sums over several dimensions"
-            return untransposed(product), tuple(moves)
+            return untransposed(product), tuple(moves), stand_ins
         node = users[0]
         before, after = dtensors.layout_of(node.args[0] if node.args else None), dtensors.layout_of(node)
         unchanged = before is not None and after is not None and before.same(after)
@@ -121,11 +129,3 @@ def _reader(view: View, node: Node) -> tuple[Product, tuple[Node, ...]] | str | 
         if not unchanged and (d.name(node) not in KEEPS_ORDER or d.name(node) in d.LIKE_ANOTHER):
             return None
         moves.append(node)
-
-
-def _nothing() -> None:
-    return None
-
-
-def _same(value: object) -> object:
-    return value

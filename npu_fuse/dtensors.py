@@ -20,7 +20,7 @@ from npu_fuse.collectives import Reduction
 from npu_fuse.groups import Group, described
 from npu_fuse.products import Product, product_of
 from npu_fuse.reduced import Reduced
-from npu_fuse.sites import StandIn
+from npu_fuse.sites import StandIn, passed_on
 from npu_fuse.view import View
 
 
@@ -125,7 +125,8 @@ def summed(node: Node) -> Summed | str | None:
 
 def same(node: Node) -> StandIn:
     """What a node computes that only changes how a value is described."""
-    return StandIn((node.args[0],), _same, "same")  # type: ignore[arg-type]
+    assert isinstance(node.args[0], Node)
+    return passed_on(node.args[0])
 
 
 def _unfit(product: Product, result: Layout) -> str:
@@ -184,10 +185,6 @@ def local_of(x: Node) -> tuple[Node, tuple[Node, ...]]:
             return x, ()
         node = below
     return x, ()
-
-
-def _same(value: Any) -> Any:
-    return value
 
 
 def _product(product: Product, size: int) -> StandIn:

@@ -19,7 +19,7 @@ from npu_fuse import dialect as d
 from npu_fuse import pretend
 from npu_fuse.collectives import namespace, waited
 from npu_fuse.groups import Group, group_of
-from npu_fuse.sites import StandIn
+from npu_fuse.sites import StandIn, passed_on
 from npu_fuse.view import View, is_one
 
 LIBRARIES = ("_c10d_functional", "_c10d_functional_autograd")
@@ -109,22 +109,19 @@ def _exchange(view: View, node: Node, source: Any, run: Any, parts: tuple[Node, 
     stand_ins = {node: StandIn((reads,), partial(run, size=group.size), (d.raw_name(node), group.size))}
     if namespace(node) == "vllm":
         return Exchange(node, source, group, node, (*parts, node), stand_ins=stand_ins)
-    pair = waited(view, node)
-    if isinstance(pair, str):
-        return pair
-    wait, overlapped = pair
-    stand_ins[wait] = StandIn((node,), _same, "wait")
-    copies = [n for n in wait.users if d.name(n) == "copy" and d.operand(n, 1, "src") is wait]
-    if not copies:
-        return Exchange(node, source, group, wait, (*parts, node, wait), overlapped, stand_ins=stand_ins)
-    return _into(view, Exchange(node, source, group, wait, (*parts, node, wait), overlapped, True, stand_ins), copies)
+    ended = waited(view, node)
+    if isinstance(ended, str):
+        return ended
+    stand_ins[ended.wait] = passed_on(node, "wait")
+    nodes = (*parts, node, ended.wait)
+    made = Exchange(node, source, group, ended.wait, nodes, ended.overlapped, stand_ins=stand_ins)
+    return made if ended.copy is None else _into(view, made, ended.copy, ended.only_copied)
 
 
-def _into(view: View, found: Exchange, copies: list[Node]) -> Exchange | str:
+def _into(view: View, found: Exchange, copy: Node, only_copied: bool) -> Exchange | str:
     """The result is copied into a buffer, which code reads from then on."""
-    copy, wait = copies[0], found.value
-    out = copy.args[0]
-    if len(wait.users) != 1 or not isinstance(out, Node) or d.name(out) not in FRESH or d.mutates(out):
+    out, wait = copy.args[0], found.value
+    if not only_copied or not isinstance(out, Node) or d.name(out) not in FRESH or d.mutates(out):
         return "the result is written into a tensor that was not made for it"
     if any(u is not copy and view.position[u] < view.position[copy] for u in out.users):
         return "the tensor that the result is written into is read before"
@@ -144,10 +141,6 @@ def _filled(memory: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
     """Written into, whatever its dtype and shape in this proof."""
     memory.data = torch.empty_like(value)
     return memory.copy_(value)
-
-
-def _same(value: Any) -> Any:
-    return value
 
 
 def _has_gradient(node: Node) -> bool:

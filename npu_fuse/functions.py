@@ -1,35 +1,51 @@
-"""Reductions inside a `torch.autograd.Function`, as Megatron writes them: the sum forward, anything backward.
+"""Autograd functions around collectives, as Megatron writes them: one thing forward, the true gradient backward.
 
-Dynamo keeps the two bodies as graphs of their own, and the product stands outside. The bodies are read by what
-becomes of their first argument: each value is that argument, or its sum over ranks, or something else.
+Dynamo keeps the two bodies as graphs of their own. They are read as terms (`bodies`): a function that takes one tensor
+and gives back its sum over ranks, its scattered sum, its gathered value or itself, and whose gradient is what it is for
+such a collective. Products in bodies are `layers`.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-import torch
 from torch.fx import GraphModule, Node
 
+from npu_fuse import bodies, exchanges, groups, pretend
 from npu_fuse import dialect as d
-from npu_fuse import pretend
-from npu_fuse.collectives import Reduction, group_argument, is_all_reduce, operation, source_of
-from npu_fuse.groups import Group, group_of
-from npu_fuse.products import product_of
-from npu_fuse.sites import StandIn
+from npu_fuse.bodies import GATHERED, GRADIENT, SCATTERED, SUM, Term, argument, over_ranks
+from npu_fuse.collectives import Reduction, group_argument, is_all_reduce
+from npu_fuse.exchanges import Exchange, is_gather, is_scatter
+from npu_fuse.groups import Group
+from npu_fuse.sites import NO_VALUE, StandIn, passed_on
+from npu_fuse.view import same_shape
 
-ARGUMENT, SUM = "argument", "sum"
-SAME = frozenset("view view_as reshape reshape_as alias detach contiguous".split())
+COLLECTIVE: dict[str, Callable[[Node], bool]] = {SUM: is_all_reduce, SCATTERED: is_scatter, GATHERED: is_gather}
 
 
-@dataclass
-class _Cell:
-    """What a piece of memory holds."""
+@dataclass(frozen=True)
+class Function:
+    """What a function with one result computes. `gradients`: of each operand, None where it gets none."""
 
-    holds: str
-    group: Group | None = None
+    node: Node
+    value: Node
+    operands: tuple[Any, ...]
+    forward: Term
+    gradients: tuple[Term | None, ...]
+    bodies: tuple[Node, ...]
+    saved: tuple[Any, ...] = ()
+    """What is kept for the backward."""
+
+    @property
+    def nodes(self) -> tuple[Node, ...]:
+        return (*self.bodies, self.node, self.value)
+
+    def stand_ins(self, operands: tuple[Node, ...], run: Callable[..., Any], key: Any) -> dict[Node, StandIn]:
+        found = {body: NO_VALUE for body in self.bodies}
+        return {**found, self.node: StandIn(operands, run, key), self.value: passed_on(self.node, "item")}
 
 
 def is_function(node: Node) -> bool:
@@ -38,68 +54,21 @@ def is_function(node: Node) -> bool:
 
 def operand_of(node: Node) -> Node | None:
     """The first tensor that the function is given."""
-    return next((a for a in node.args[2:] if isinstance(a, Node) and d.tensor(a) is not None), None)
+    return next(iter(_tensors(node)), None)
 
 
-def holds_product(node: Node) -> bool:
-    """Whether this value comes out of a function in whose body a matmul stands."""
-    source = node.args[0] if d.raw_name(node) == "getitem" and node.args else None
-    body = _body(source, 0) if isinstance(source, Node) and is_function(source) else None
-    return body is not None and any(product_of(n) is not None for n in body.graph.nodes)
+def _tensors(node: Node) -> list[Node]:
+    return [a for a in node.args[2:] if isinstance(a, Node) and d.tensor(a) is not None]
 
 
-def reduction_of(node: Node) -> Reduction | str | None:
-    """The reduction that this function is; None where it reduces nothing, a reason where it does more."""
-    bodies = [_body(node, i) for i in (0, 1)]
-    operands = [a for a in node.args[2:] if isinstance(a, Node) and d.tensor(a) is not None]
-    if bodies[0] is None or bodies[1] is None or not any(is_all_reduce(n) for n in bodies[0].graph.nodes):
-        return None
-    if len(operands) != 1:
-        return "the autograd function takes several tensors"
-    forward, backward = (_result(body) for body in bodies if body is not None)
-    if isinstance(forward, str):
-        return f"in the autograd function {forward}"
-    if forward.holds != SUM or forward.group is None:
-        return "the autograd function does not give back the sum"
-    if isinstance(backward, str):
-        return f"in the autograd function's backward {backward}"
-    if backward.holds == SUM and (backward.group is None or not backward.group.same(forward.group)):
-        return "the autograd function's backward reduces over another group"
-    users = list(node.users)
-    if len(users) != 1 or d.raw_name(users[0]) != "getitem":
-        return "the autograd function gives back several values"
-    size, gradient = forward.group.size, "all_reduce" if backward.holds == SUM else "identity"
-    if size == 1:
-        return "the group has one rank: nothing is communicated"
-    bodies_read = tuple(a for a in node.args[:2] if isinstance(a, Node))
-    run = partial(pretend.all_reduce, size=size, gradient=gradient)
-    stand_ins = {body: StandIn((), _nothing, "body") for body in bodies_read}
-    stand_ins[node] = StandIn((operands[0],), run, (SUM, gradient))
-    stand_ins[users[0]] = StandIn((node,), _same, "item")
-    nodes = (*bodies_read, node, users[0])
-    return Reduction(node, operands[0], forward.group, users[0], False, nodes, gradient, False, stand_ins)
+def holds(node: Node, kind: str, backward: bool = False) -> bool:
+    """Whether such a collective stands in the function's body."""
+    body = _body(node, 1 if backward else 0)
+    return body is not None and any(COLLECTIVE[kind](n) for n in body.graph.nodes)
 
 
-def copied_over(node: Node) -> Group | None:
-    """The group of a function that gives back its argument, and whose gradient is the sum of the gradients."""
-    forward_body, backward_body = _body(node, 0), _body(node, 1)
-    operands = [a for a in node.args[2:] if isinstance(a, Node) and d.tensor(a) is not None]
-    if forward_body is None or backward_body is None or len(operands) != 1:
-        return None
-    if not any(is_all_reduce(n) for n in backward_body.graph.nodes):
-        return None
-    forward, backward = _result(forward_body), _result(backward_body)
-    if isinstance(forward, str) or isinstance(backward, str) or forward.holds != ARGUMENT or backward.holds != SUM:
-        return None
-    return backward.group
-
-
-def _nothing() -> None:
-    return None
-
-
-def _same(value: Any) -> Any:
-    return value
+def body_of(node: Node) -> GraphModule | None:
+    return _body(node, 0)
 
 
 def _body(node: Node, index: int) -> GraphModule | None:
@@ -111,61 +80,139 @@ def _body(node: Node, index: int) -> GraphModule | None:
     return found if isinstance(found, GraphModule) else None
 
 
-def _result(body: GraphModule) -> _Cell | str:
-    """What the body gives back first; in words, what stands in the way of saying so."""
-    cells: dict[Node, _Cell] = {}
-    for node in body.graph.nodes:
-        if node.op == "placeholder":
-            cells[node] = _Cell("" if cells else ARGUMENT)
-        elif node.op == "output":
-            first = _first(node.args[0])
-            return cells[first] if isinstance(first, Node) and first in cells else "something else is given back"
-        elif node.op == "get_attr":
-            return "another function is called"
-        elif d.raw_name(node) == "_set_grad_enabled":
-            continue
-        else:
-            made = _step(node, cells)
-            if isinstance(made, str):
-                return made
-            cells[node] = made
-    return "nothing is given back"
+def read(node: Node) -> Function | str:
+    """What the function computes, or why this cannot be said."""
+    forward, backward = _body(node, 0), _body(node, 1)
+    users, operands = list(node.users), tuple(node.args[2:])
+    if forward is None or backward is None:
+        return "the autograd function has no bodies"
+    if len(users) != 1 or d.raw_name(users[0]) != "getitem" or node.kwargs.get("non_differentiable_idx"):
+        return "the autograd function gives back several values"
+    first = bodies.read(forward, [argument(i) for i in range(len(operands))])
+    if isinstance(first, str):
+        return f"in the autograd function {first}"
+    made, saved = _halves(first.result)
+    if made is None:
+        return "the autograd function gives back several values"
+    if made.kind == "computed":
+        return f"in the autograd function {made}"
+    if first.written and not all(made.kind == SUM and made.of == (term,) for term in first.written):
+        return "the autograd function writes into what it is given"
+    second = bodies.read(backward, [GRADIENT, *[s if isinstance(s, Term) else Term("number") for s in saved]])
+    if isinstance(second, str):
+        return f"in the autograd function's backward {second}"
+    if second.written - {GRADIENT}:
+        return "the autograd function's backward writes into what was saved"
+    gradients = second.result if isinstance(second.result, tuple) else (second.result,)
+    if len(gradients) != len(operands):
+        return "in the autograd function's backward other gradients are given back than it has operands"
+    read_bodies = tuple(a for a in node.args[:2] if isinstance(a, Node))
+    return Function(node, users[0], operands, made, gradients, read_bodies, saved)
 
 
-def _first(value: Any) -> Any:
-    while isinstance(value, (tuple, list)) and value:
-        value = value[0]
-    return value
+def _halves(found: Any) -> tuple[Term | None, tuple[Any, ...]]:
+    """The only result and what is saved, from ((result,), (saved, …))."""
+    if not isinstance(found, tuple) or len(found) != 2 or not isinstance(found[1], tuple):
+        return None, ()
+    first = found[0]
+    while isinstance(first, tuple) and len(first) == 1:
+        first = first[0]
+    return (first if isinstance(first, Term) else None), found[1]
 
 
-def _step(node: Node, cells: dict[Node, _Cell]) -> _Cell | str:
-    operand = source_of(node) if is_all_reduce(node) else d.unary(node)
-    cell = cells.get(operand) if isinstance(operand, Node) else None
-    name = d.name(node)
-    if cell is None:
-        return f"{name} is computed"
-    if is_all_reduce(node):
-        group = group_of(group_argument(node))
-        if isinstance(group, str):
-            return group
-        if operation(node) != SUM or cell.holds != ARGUMENT:
-            return f"what is reduced is not the argument, or reduced by {operation(node)!r}"
-        return _Cell(SUM, group)
-    if d.raw_name(node) == "wait_tensor":
-        return cell
-    if name == "copy" and d.mutates(node):
-        source = cells.get(node.args[1]) if isinstance(node.args[1], Node) else None
-        if source is None:
-            return "something else is copied"
-        cell.holds, cell.group = source.holds, source.group
-        return cell
-    if name == "clone":
-        return _Cell(cell.holds, cell.group)
-    before, after = d.tensor(operand), d.tensor(node)
-    if name in SAME and before is not None and after is not None and _alike(before, after):
-        return cell if before.is_contiguous() else _Cell(cell.holds, cell.group)
-    return f"{name} is computed"
+def _region(node: Node) -> tuple[Function, Node, Term] | str:
+    """A function of one tensor, that tensor, and its gradient."""
+    tensors = _tensors(node)
+    if len(tensors) != 1:
+        return "the autograd function takes several tensors"
+    function = read(node)
+    if isinstance(function, str):
+        return function
+    gradient = function.gradients[function.operands.index(tensors[0])]
+    if gradient is None:
+        return "the autograd function's backward gives back no gradient"
+    before, after = d.tensor(tensors[0]), d.tensor(function.value)
+    if before is None or after is None or not same_shape(before.shape[1:], after.shape[1:]):
+        return "the autograd function changes the shape of its rows"
+    return function, tensors[0], gradient
 
 
-def _alike(before: torch.Tensor, after: torch.Tensor) -> bool:
-    return before.dtype == after.dtype and before.dim() == after.dim() and str(before.shape) == str(after.shape)
+def _forward(function: Function, operand: Node, kind: str) -> Group | str:
+    """The group over which the function does this with its operand."""
+    made, only = function.forward, argument(function.operands.index(operand))
+    if made.kind != kind or made.of != (only,) or made.group is None:
+        return f"the autograd function does not give back its operand's {kind}"
+    return "the group has one rank: nothing is communicated" if made.group.size == 1 else made.group
+
+
+def _other(gradient: Term, what: str) -> str:
+    if gradient.kind == "computed":
+        return f"in the autograd function's backward {gradient}"
+    if gradient.of == (GRADIENT,) and gradient.group is not None:
+        what = "another group" if what in gradient.kind else f"the {gradient.kind} over ranks"
+        return f"the autograd function's backward gives back {what}"
+    return f"the autograd function's backward gives back no {what} of the gradient"
+
+
+def reduction_of(node: Node) -> Reduction | str | None:
+    """The reduction that this function is; None where it reduces nothing, a reason where it does more."""
+    if not holds(node, SUM):
+        return None
+    found = _region(node)
+    if isinstance(found, str):
+        return found
+    function, operand, gradient = found
+    group = _forward(function, operand, SUM)
+    if isinstance(group, str):
+        return group
+    if gradient not in (GRADIENT, over_ranks(SUM, GRADIENT, group)):
+        return _other(gradient, SUM)
+    meaning = "identity" if gradient == GRADIENT else "all_reduce"
+    run = partial(pretend.all_reduce, size=group.size, gradient=meaning)
+    stand_ins = function.stand_ins((operand,), run, (SUM, meaning))
+    return Reduction(
+        node, operand, group, function.value, False, function.nodes, meaning, False, stand_ins
+    )  # fmt: skip
+
+
+def exchange_of(node: Node, kind: str) -> Exchange | str | None:
+    """The reduce-scatter or all-gather of rows that this function is; None where it has none."""
+    if not holds(node, kind):
+        return None
+    found = _region(node)
+    if isinstance(found, str):
+        return found
+    function, operand, gradient = found
+    group = _forward(function, operand, kind)
+    if isinstance(group, str):
+        return group
+    back = GATHERED if kind == SCATTERED else SCATTERED
+    if gradient != over_ranks(back, GRADIENT, group):
+        return _other(gradient, back)
+    run = pretend.reduce_scatter if kind == SCATTERED else pretend.all_gather
+    stand_ins = function.stand_ins((operand,), partial(run, size=group.size), (kind, group.size))
+    return Exchange(node, operand, group, function.value, function.nodes, stand_ins=stand_ins)
+
+
+def copied_over(node: Node) -> Group | None:
+    """The group of a function that gives back its argument, and whose gradient is the sum of the gradients."""
+    if not holds(node, SUM, backward=True):
+        return None
+    found = _region(node)
+    if isinstance(found, str):
+        return None
+    function, operand, gradient = found
+    if function.forward != argument(function.operands.index(operand)) or gradient.group is None:
+        return None
+    return gradient.group if gradient == over_ranks(SUM, GRADIENT, gradient.group) else None
+
+
+def group_of(node: Node) -> Group | None:
+    """The group of the first collective in the function's bodies."""
+    for body in (_body(node, 0), _body(node, 1)):
+        for inner in body.graph.nodes if body is not None else ():
+            of_rows = is_scatter(inner) or is_gather(inner)
+            if of_rows or is_all_reduce(inner):
+                found = groups.group_of(exchanges.group_argument(inner) if of_rows else group_argument(inner))
+                return found if isinstance(found, Group) else None
+    return None

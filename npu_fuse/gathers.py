@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch.fx import Node
 
 from npu_fuse import dialect as d
-from npu_fuse import dtensor_rows
+from npu_fuse import dtensor_rows, functions, layers
 from npu_fuse.collectives import KEEPS_ORDER
 from npu_fuse.dtensors import value_of
 from npu_fuse.exchanges import Exchange
 from npu_fuse.groups import is_collective
-from npu_fuse.products import Product, product_of, untransposed
+from npu_fuse.products import Product, untransposed
+from npu_fuse.sites import StandIn
 from npu_fuse.view import View, same_size, static
 
 DEPTH = 4
@@ -28,6 +30,7 @@ class Consumer:
     moves: tuple[Node, ...]
     value: Node
     behind: tuple[Node, ...] = ()
+    stand_ins: Mapping[Node, StandIn] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -42,17 +45,17 @@ def find(view: View, exchange: Exchange, distributed: bool) -> Gathered | str | 
     """The products; why they cannot be fused with the gather; None where there are none."""
     found, others = _walk(view, exchange)
     if not found:
-        return None
+        return _unread(exchange)
     if exchange.written and _changed(view, exchange):
         return "the gathered value is changed in place"
     taken: list[Consumer] = []
-    for product, moves in found:
+    for product, moves, stand_ins in found:
         why = "the product sums over several dimensions" if product.contracted != 1 else ""
         why = dtensor_rows.unfit(product) if distributed and not why else why
         made = value_of(product.node) if distributed and not why else (product.node, ())
         if why or isinstance(made, str):
             return why or str(made)
-        taken.append(Consumer(product, moves, *made))
+        taken.append(Consumer(product, moves, *made, stand_ins))
     if distributed and others:
         return "the gathered value is read besides by what is no product with a weight sharded by its outputs"
     taken.sort(key=lambda c: -(_width(c) or 0))
@@ -83,8 +86,20 @@ def _between(view: View, exchange: Exchange, last: int) -> list[Node]:
     return view.nodes[view.position[exchange.anchor] + 1 : last]
 
 
-def _walk(view: View, exchange: Exchange) -> tuple[list[tuple[Product, tuple[Node, ...]]], bool]:
-    found: list[tuple[Product, tuple[Node, ...]]] = []
+def _unread(exchange: Exchange) -> str | None:
+    """What keeps a product in a function from being read; None where there is none."""
+    for user in exchange.value.users:
+        if functions.is_function(user) and layers.multiplies(user):
+            why = layers.find(user, layers.PLAIN)
+            return why if isinstance(why, str) else "an autograd function with another collective reads the value"
+    return None
+
+
+Found = tuple[Product, tuple[Node, ...], Mapping[Node, StandIn]]
+
+
+def _walk(view: View, exchange: Exchange) -> tuple[list[Found], bool]:
+    found: list[Found] = []
     others = False
     level: list[tuple[Node, tuple[Node, ...]]] = [(exchange.value, ())]
     while level:
@@ -92,16 +107,15 @@ def _walk(view: View, exchange: Exchange) -> tuple[list[tuple[Product, tuple[Nod
         for user in sorted(node.users, key=view.position.__getitem__):
             if user in exchange.nodes:
                 continue
-            product = product_of(user)
-            if isinstance(product, Product) and product.x is node and node not in (product.w, product.bias):
-                found.append((product, moves))
+            made = layers.product_at(user)
+            if made is not None and made[0].x is node and node not in (made[0].w, made[0].bias):
+                found.append((made[0], moves, made[1]))
             elif user.op.startswith("call") and d.name(user) in KEEPS_ORDER and _same_columns(node, user):
                 level.append((user, (*moves, user)))
             else:
                 others = True
     found.sort(key=lambda f: view.position[f[0].node])
-    plain = [(untransposed(p), m) for p, m in found]
-    return plain, others
+    return [(untransposed(p), m, s) for p, m, s in found], others
 
 
 def _same_columns(before: Node, after: Node) -> bool:
@@ -137,7 +151,7 @@ def feeds_product(view: View, node: Node) -> bool:
     while level and seen < DEPTH:
         seen += 1
         users = [u for n in level for u in n.users]
-        if any(isinstance(product_of(u), Product) for u in users):
+        if any((functions.is_function(u) and layers.multiplies(u)) or layers.product_at(u) for u in users):
             return True
         level = [u for u in users if u.op.startswith("call") and d.name(u) in d.MOVEMENT | {"wait_tensor", "copy"}]
     return False

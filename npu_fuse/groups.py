@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch.fx import Node
+from torch.fx import GraphModule, Node
 
 from npu_fuse import dialect as d
 
@@ -145,5 +145,11 @@ COLLECTIVES = frozenset(
 
 
 def is_collective(node: Node) -> bool:
-    """A call that talks to other ranks (of DTensors: that may)."""
-    return node.op.startswith("call") and d.raw_name(node) in COLLECTIVES
+    """A call that talks to other ranks (of DTensors: that may), itself or in a body that it runs."""
+    if not node.op.startswith("call"):
+        return False
+    if d.raw_name(node) in COLLECTIVES:
+        return True
+    owner = node.graph.owning_module
+    bodies = (getattr(owner, str(a.target), None) for a in node.args if isinstance(a, Node) and a.op == "get_attr")
+    return any(isinstance(b, GraphModule) and any(map(is_collective, b.graph.nodes)) for b in bodies)

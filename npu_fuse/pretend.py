@@ -10,6 +10,8 @@ says, is shown by tests on real process groups.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -36,23 +38,6 @@ def summed(value: torch.Tensor, size: int) -> torch.Tensor:
     return total.view(value.shape)
 
 
-class _AllReduce(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, value: torch.Tensor, size: int, gradient: str) -> torch.Tensor:
-        ctx.size, ctx.gradient = size, gradient
-        return summed(value, size)
-
-    @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> Any:  # type: ignore[override, unused-ignore]
-        return (summed(grad, ctx.size) if ctx.gradient == "all_reduce" else grad), None, None
-
-
-def all_reduce(value: torch.Tensor, size: int, gradient: str) -> torch.Tensor:
-    """gradient: "all_reduce" where the graph's backward reduces again, "identity" where it does not."""
-    result: torch.Tensor = _AllReduce.apply(value, size, gradient)  # type: ignore[no-untyped-call]
-    return result
-
-
 def gathered(value: torch.Tensor, size: int) -> torch.Tensor:
     """All ranks' values along dimension 0: [n, ...] → [size · n, ...]."""
     flat = value.reshape(-1)
@@ -66,52 +51,52 @@ def scattered(value: torch.Tensor, size: int) -> torch.Tensor:
     return summed(value, size)[: value.shape[0] // size]
 
 
-class _AllGather(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, value: torch.Tensor, size: int) -> torch.Tensor:
-        ctx.size = size
-        return gathered(value, size)
-
-    @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> Any:  # type: ignore[override, unused-ignore]
-        return scattered(grad, ctx.size), None
+Step = Callable[[torch.Tensor], torch.Tensor]
 
 
-class _ReduceScatter(torch.autograd.Function):
+class _ThereAndBack(torch.autograd.Function):
+    """One collective forward, another for the gradient."""
+
     @staticmethod
-    def forward(ctx: Any, value: torch.Tensor, size: int) -> torch.Tensor:
-        ctx.size = size
-        return scattered(value, size)
+    def forward(ctx: Any, value: torch.Tensor, there: Step, back: Step) -> torch.Tensor:
+        ctx.back = back
+        return there(value)
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> Any:  # type: ignore[override, unused-ignore]
-        return gathered(grad, ctx.size), None
+        return ctx.back(grad), None, None
 
 
-def all_gather(value: torch.Tensor, size: int, dim: int = 0) -> torch.Tensor:
-    """[1, …, n, …] → [1, …, size · n, …] along `dim`, before which all is 1; the gradient is summed and scattered."""
-    result: torch.Tensor = _AllGather.apply(value.reshape(value.shape[dim:]), size)  # type: ignore[no-untyped-call]
-    return result.reshape(value.shape[:dim] + result.shape)
+def _run(value: torch.Tensor, there: Step, back: Step) -> torch.Tensor:
+    result: torch.Tensor = _ThereAndBack.apply(value, there, back)  # type: ignore[no-untyped-call]
+    return result
 
 
-def reduce_scatter(value: torch.Tensor, size: int, dim: int = 0) -> torch.Tensor:
-    """[1, …, size · n, …] → [1, …, n, …] along `dim`, before which all is 1; the gradient is gathered."""
-    result: torch.Tensor = _ReduceScatter.apply(value.reshape(value.shape[dim:]), size)  # type: ignore[no-untyped-call]
-    return result.reshape(value.shape[:dim] + result.shape)
+def _as_it_is(value: torch.Tensor) -> torch.Tensor:
+    return value.view_as(value)
 
 
-class _Copied(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, value: torch.Tensor, size: int) -> torch.Tensor:
-        ctx.size = size
-        return value.view_as(value)
-
-    @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> Any:  # type: ignore[override, unused-ignore]
-        return summed(grad, ctx.size), None
+def all_reduce(value: torch.Tensor, size: int, gradient: str) -> torch.Tensor:
+    """gradient: "all_reduce" where the graph's backward reduces again, "identity" where it does not."""
+    total = partial(summed, size=size)
+    return _run(value, total, total if gradient == "all_reduce" else _as_it_is)
 
 
 def copied(value: torch.Tensor, size: int) -> torch.Tensor:
     """The value; its gradient is summed over ranks."""
-    result: torch.Tensor = _Copied.apply(value, size)  # type: ignore[no-untyped-call]
-    return result
+    return _run(value, _as_it_is, partial(summed, size=size))
+
+
+def all_gather(value: torch.Tensor, size: int, dim: int = 0) -> torch.Tensor:
+    """[1, …, n, …] → [1, …, size · n, …] along `dim`, before which all is 1; the gradient is summed and scattered."""
+    return _of_rows(value, dim, partial(gathered, size=size), partial(scattered, size=size))
+
+
+def reduce_scatter(value: torch.Tensor, size: int, dim: int = 0) -> torch.Tensor:
+    """[1, …, size · n, …] → [1, …, n, …] along `dim`, before which all is 1; the gradient is gathered."""
+    return _of_rows(value, dim, partial(scattered, size=size), partial(gathered, size=size))
+
+
+def _of_rows(value: torch.Tensor, dim: int, there: Step, back: Step) -> torch.Tensor:
+    result = _run(value.reshape(value.shape[dim:]), there, back)
+    return result.reshape(value.shape[:dim] + result.shape)

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from torch.fx import Node
 
 from npu_fuse import dialect as d
-from npu_fuse import functions
+from npu_fuse import layers
 from npu_fuse.collectives import KEEPS_ORDER
 from npu_fuse.products import Product, product_of
 from npu_fuse.sites import StandIn
@@ -41,7 +41,9 @@ def find(view: View, source: object, reader: Node) -> Reduced | str | None:
     while isinstance(node, Node):
         if not view.same_version(node, order[-1] if order else reader):
             return "the product is changed in place before it is reduced" if _near(node) else None
-        product = product_of(node)
+        function = layers.function_at(node)
+        layer = layers.find(function, layers.PLAIN) if function is not None else None
+        product = layer.product if isinstance(layer, layers.Layer) else layer or product_of(node)
         if isinstance(product, str):
             return product
         if product is not None:
@@ -53,10 +55,11 @@ def find(view: View, source: object, reader: Node) -> Reduced | str | None:
             order.reverse()
             taken = bias if bias is not None else product.bias
             moves = tuple(n for n in order[1:] if not _adds(n) and not _stays(n))
-            return Reduced(product, tuple(order), moves, taken, 1, (*product.nodes, *order[1:]))
+            stand_ins = layer.stand_ins if isinstance(layer, layers.Layer) else {}
+            return Reduced(product, tuple(order), moves, taken, 1, (*product.nodes, *order[1:]), stand_ins)
         if not node.op.startswith("call"):
             return None
-        if functions.holds_product(node):
+        if function is not None and layers.multiplies(function):
             return "the product is computed inside an autograd function, with a backward of its own"
         order.append(node)
         if d.name(node) in KEEPS_ORDER or _stays(node):
@@ -70,6 +73,11 @@ def find(view: View, source: object, reader: Node) -> Reduced | str | None:
             continue
         return _blocked(view, node)
     return None
+
+
+def inside(layer: layers.Layer) -> Reduced:
+    """A product that a function sums itself: nothing stands between the two."""
+    return Reduced(layer.product, (), (), layer.product.bias, 1, layer.function.nodes)
 
 
 def keeps_rows(below: Reduced, product: Product) -> bool:

@@ -6,19 +6,15 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch.fx import Node
 
-from npu_fuse import dialect as d
 from npu_fuse.emit import Emitter
 from npu_fuse.view import is_one
 
 
-def ones(node: Node) -> int:
-    """How many dimensions of size 1 stand before the rows."""
-    found = d.local(node)
-    assert found is not None
+def ones(leading: Sequence[Any]) -> int:
+    """How many of these dimensions, of size 1, stand before the rows."""
     count = 0
-    for size in found.shape[:-2]:
+    for size in leading[:-1]:
         if not is_one(size):
             break
         count += 1

@@ -36,6 +36,23 @@ class StandIn:
     """What the node does, in the proof's key in place of its target and arguments."""
 
 
+def passed_on(operand: Node, key: Hashable = "same") -> StandIn:
+    """For a node that gives on what it is given: a wait, an item, a change of description."""
+    return StandIn((operand,), _itself, key)
+
+
+def _itself(value: Any) -> Any:
+    return value
+
+
+def _nothing() -> None:
+    return None
+
+
+NO_VALUE = StandIn((), _nothing, "body")
+"""For a node that stands for no tensor: the body of a function."""
+
+
 @dataclass(frozen=True)
 class Form:
     """One way to write a site. `emit` uses no literal size but those of the feature dimensions."""

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch.fx import Graph, Node
+from torch.fx import Graph, GraphModule, Node
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from npu_fuse import dialect as d
@@ -133,7 +133,7 @@ def _find_mutations(view: View) -> None:
         if not d.mutates(node):
             if mutated and d.raw_name(node) == "autograd_function_apply":  # its body writes into its arguments
                 written = {view.storage.get(n, -1) for n in node.all_input_nodes} & mutated
-                for key in written:
+                for key in written | (_filled(view, node) & mutated):
                     view.mutations.setdefault(key, []).append(i)
             continue
         targets: list[Any] = [node.kwargs["out"]] if node.kwargs.get("out") is not None else []
@@ -152,6 +152,18 @@ def _find_mutations(view: View) -> None:
     for node, key in view.storage.items():
         if key in view.mutations:
             view.aliases.setdefault(key, []).append(node)
+
+
+def _filled(view: View, function: Node) -> set[int]:
+    """Storages of an autograd function's results that its own body made, and that nobody wrote into but that body."""
+    owner, name = function.graph.owning_module, function.args[0]
+    body = getattr(owner, str(name.target), None) if isinstance(name, Node) else None
+    if not isinstance(body, GraphModule):
+        return set()
+    writes = [t for n in body.graph.nodes if d.mutates(n) and (t := d.tensor(n)) is not None]
+    inside = [t.untyped_storage()._cdata for t in writes]
+    results = [(view.storage.get(n, -1), t) for n in function.users if (t := d.tensor(n)) is not None]
+    return {key for key, found in results if 0 < found._version == inside.count(key)}
 
 
 def _flat_nodes(values: Iterable[Any]) -> list[Node]:

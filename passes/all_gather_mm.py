@@ -16,13 +16,16 @@ import torch
 from torch.fx import Node
 
 from npu_fuse import (
+    bodies,
     collectives,
     communicate,
     dtensor_rows,
     dtensors,
     exchanges,
+    functions,
     gathers,
     groups,
+    layers,
     mc2,
     ops,
     products,
@@ -130,10 +133,18 @@ ops.define(SCHEMA, _npu_reference, fake=_npu_fake)
 def recognise(view: View) -> list[Site | Miss]:
     found: list[Site | Miss] = []
     for node in view.nodes if groups.initialised() else ():
-        distributed = dtensor_rows.is_gather(node)
-        if not distributed and not exchanges.is_gather(node):
+        layer = layers.find(node, bodies.GATHERED) if functions.is_function(node) else None
+        if isinstance(layer, str):
+            found.append(Miss(NAME, node, f"{NAME}.function", layer))
             continue
-        exchange = dtensor_rows.gather_of(node) if distributed else exchanges.gather_of(view, node)
+        if layer is not None:
+            only = gathers.Consumer(layer.product, (), layer.product.node)
+            found.append(_site(view, layers.exchange(layer), gathers.Gathered((only,), False), layer.again))
+            continue
+        distributed = dtensor_rows.is_gather(node)
+        exchange = dtensor_rows.gather_of(node) if distributed else _exchange(view, node)
+        if exchange is None:
+            continue
         if isinstance(exchange, str):
             if gathers.feeds_product(view, node):
                 found.append(Miss(NAME, node, f"{NAME}.collective", exchange))
@@ -148,7 +159,13 @@ def recognise(view: View) -> list[Site | Miss]:
     return found
 
 
-def _site(view: View, exchange: exchanges.Exchange, gathered: gathers.Gathered) -> Site | Miss:
+def _exchange(view: View, node: Node) -> exchanges.Exchange | str | None:
+    if functions.is_function(node):
+        return functions.exchange_of(node, bodies.GATHERED)
+    return exchanges.gather_of(view, node) if exchanges.is_gather(node) else None
+
+
+def _site(view: View, exchange: exchanges.Exchange, gathered: gathers.Gathered, again: bool = False) -> Site | Miss:
     used = gathered.consumers
     main, size = used[0].product, exchange.group.size
     source, values = exchange.source, [c.value for c in used]
@@ -159,10 +176,10 @@ def _site(view: View, exchange: exchanges.Exchange, gathered: gathers.Gathered) 
         return Miss(NAME, exchange.anchor, f"{NAME}.used", why)
     result, local, whole = d.local(main.node), d.local(source), d.local(exchange.value)
     assert result is not None and local is not None and whole is not None
-    skipped = rows.ones(source)
+    skipped = rows.ones(local.shape[:-1])
     depth = local.dim() - 1 - skipped
     trained = any((t := d.tensor(v)) is not None and t.requires_grad for v in (*values, *extra))
-    keep = trained or len(used) > 1 or bool(extra)
+    keep = (trained and not again) or len(used) > 1 or bool(extra)
 
     def emit(e: Emitter, env: Mapping[Node, Any]) -> Any:
         x = rows.without(e, e.cast(e.local(env[source]), result.dtype), skipped)
@@ -205,7 +222,10 @@ def _site(view: View, exchange: exchanges.Exchange, gathered: gathers.Gathered) 
     return Site(
         NAME, values[0], tuple(dict.fromkeys((source, *operands))), tuple(sorted(nodes, key=view.position.__getitem__)),
         (Form("as it is", emit, key),), exchange.anchor, params, extra_outputs=(*values[1:], *extra),
-        stand_ins={**exchange.stand_ins, **{n: dtensors.same(n) for c in used for n in c.behind}},
+        stand_ins={
+            **exchange.stand_ins, **{n: dtensors.same(n) for c in used for n in c.behind},
+            **{n: s for c in used for n, s in c.stand_ins.items()},
+        },
         pool=mc2.pool(size),
         facts={"kept": 0, "group": exchange.group, "x": source, "w": main.w, "sums": True, "gathered": size,
                "overlapped": exchange.overlapped, "product": main, "bias": main.bias is not None,

@@ -18,7 +18,20 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from npu_fuse import collectives, communicate, dtensors, functions, groups, mc2, ops, products, reduced, rows
+from npu_fuse import (
+    bodies,
+    collectives,
+    communicate,
+    dtensors,
+    functions,
+    groups,
+    layers,
+    mc2,
+    ops,
+    products,
+    reduced,
+    rows,
+)
 from npu_fuse import dialect as d
 from npu_fuse.emit import Emitter
 from npu_fuse.sites import Form, Miss, Refusal, Rule, Site
@@ -119,6 +132,13 @@ def recognise(view: View) -> list[Site | Miss]:
                 found.append(Miss(NAME, node, f"{NAME}.placements", distributed))
             elif distributed is not None:
                 found.append(_site(view, *distributed))
+            continue
+        layer = layers.find(node, bodies.SUM) if functions.is_function(node) else None
+        if isinstance(layer, str):
+            found.append(Miss(NAME, node, f"{NAME}.function", layer))
+            continue
+        if layer is not None:
+            found.append(_site(view, layers.reduction(layer), reduced.inside(layer)))
             continue
         function = functions.reduction_of(node) if functions.is_function(node) else None
         if function is None and not collectives.is_all_reduce(node):

@@ -17,12 +17,15 @@ import torch
 from torch.fx import Node
 
 from npu_fuse import (
+    bodies,
     collectives,
     communicate,
     dtensor_rows,
     dtensors,
     exchanges,
+    functions,
     groups,
+    layers,
     mc2,
     ops,
     products,
@@ -126,10 +129,17 @@ def recognise(view: View) -> list[Site | Miss]:
             elif distributed is not None:
                 found.append(_site(view, *distributed))
             continue
-        if not exchanges.is_scatter(node):
+        layer = layers.find(node, bodies.SCATTERED) if functions.is_function(node) else None
+        if isinstance(layer, str):
+            found.append(Miss(NAME, node, f"{NAME}.function", layer))
             continue
-        exchange = exchanges.scatter_of(view, node)
-        source = node.args[0] if isinstance(exchange, str) else exchange.source
+        if layer is not None:
+            found.append(_site(view, layers.exchange(layer), reduced.inside(layer)))
+            continue
+        exchange = _exchange(view, node)
+        if exchange is None:
+            continue
+        source = _given(node) if isinstance(exchange, str) else exchange.source
         below = reduced.find(view, source, node)
         if below is None:
             continue  # nothing near that is a product
@@ -140,6 +150,16 @@ def recognise(view: View) -> list[Site | Miss]:
         else:
             found.append(_site(view, exchange, below))
     return found
+
+
+def _exchange(view: View, node: Node) -> exchanges.Exchange | str | None:
+    if functions.is_function(node):
+        return functions.exchange_of(node, bodies.SCATTERED)
+    return exchanges.scatter_of(view, node) if exchanges.is_scatter(node) else None
+
+
+def _given(node: Node) -> Any:
+    return functions.operand_of(node) if functions.is_function(node) else node.args[0]
 
 
 def _site(view: View, exchange: exchanges.Exchange, below: reduced.Reduced) -> Site | Miss:
@@ -153,8 +173,11 @@ def _site(view: View, exchange: exchanges.Exchange, below: reduced.Reduced) -> S
     result, out, source = d.local(product.node), d.local(value), d.local(exchange.source)
     if result is None or out is None or source is None or not reduced.keeps_rows(below, product):
         return Miss(NAME, exchange.anchor, f"{NAME}.product", "the product's columns are taken apart before its sum")
-    skipped = rows.ones(product.node) if source.dim() == result.dim() else 0
-    ahead, wanted = result.shape[skipped : result.dim() - product.free], out.shape[: out.dim() - product.free]
+    taken = d.local(product.x)
+    assert taken is not None
+    leading = taken.shape[: -product.contracted]
+    skipped = rows.ones(leading) if source.dim() == result.dim() else 0
+    ahead, wanted = leading[skipped:], out.shape[: out.dim() - product.free]
     same = len(ahead) == len(wanted) - skipped and len(below.moves) == 0
     size, wrapped = exchange.group.size, dtensors.layout_of(value)
 
