@@ -20,6 +20,7 @@ from npu_fuse.view import View, same_size, static
 
 DEPTH = 4
 """Steps from a gathered value that is no site, within which a product is worth a word in the report."""
+BETWEEN = d.MOVEMENT | d.POINTWISE | {"cast", "rms_norm", "layer_norm", "dropout"}
 
 
 @dataclass(frozen=True)
@@ -87,12 +88,31 @@ def _between(view: View, exchange: Exchange, last: int) -> list[Node]:
 
 
 def _unread(exchange: Exchange) -> str | None:
-    """What keeps a product in a function from being read; None where there is none."""
-    for user in exchange.value.users:
-        if functions.is_function(user) and layers.multiplies(user):
-            why = layers.find(user, layers.PLAIN)
-            return why if isinstance(why, str) else "an autograd function with another collective reads the value"
+    """Why no product near behind the gather could be fused with it; None where there is none."""
+    level: list[tuple[Node, tuple[Node, ...]]] = [(exchange.value, ())]
+    for _ in range(DEPTH):
+        below: list[tuple[Node, tuple[Node, ...]]] = []
+        for node, passed in level:
+            for user in [u for u in node.users if u not in exchange.nodes]:
+                if functions.is_function(user) and layers.multiplies(user):
+                    why = layers.find(user, layers.PLAIN)
+                    return why if isinstance(why, str) else _stands_between(passed)
+                made = layers.product_at(user)
+                if made is not None and made[0].x is node:
+                    return _stands_between(passed)
+                if user.op.startswith("call") and d.name(user) in BETWEEN:
+                    below.append((user, (*passed, user)))
+        level = below
     return None
+
+
+def _stands_between(passed: tuple[Node, ...]) -> str:
+    joined = next((n for n in passed if d.name(n) == "cat"), None)
+    if joined is not None and d.name(passed[0]) in ("chunk", "split", "tensor_split", "getitem"):
+        dim = d.operand(joined, 1, "dim", 0)
+        return f"the value is gathered along dimension {dim}: rows would have to be moved behind the product"
+    first = next((d.name(n) for n in passed if d.name(n) not in KEEPS_ORDER), "")
+    return f"{first or 'another collective'} stands between the gather and the product"
 
 
 Found = tuple[Product, tuple[Node, ...], Mapping[Node, StandIn]]

@@ -34,6 +34,7 @@ CHOICES: Mapping[str, tuple[str, ...]] = {
     "prove": ("once", "always", "shadow"),
     "shadow_action": ("raise", "log"),
     "moe_gating": ("inference", "always", "never"),
+    "mc2_gather": ("graph", "keep", "again"),
 }
 MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
 FLAGS = ("strict", "frozen_weights")
@@ -109,6 +110,9 @@ class Options:
     moe_gating: str = "inference"
     """Where routers of experts become one op: which of several tied experts it takes is its own choice, as it is
     torch.topk's. "inference": not where their weights carry a gradient; "always"; "never"."""
+    mc2_gather: str = "graph"
+    """Rows that are gathered for products, in training: "keep" the gathered value for the weights' gradients, gather
+    it "again" in the backward (less memory, one more collective), or as the "graph" has it."""
     frozen_weights: bool = False
     """The user's word that weights never change after compiling, so that copies of them may be kept."""
     proof_cache: str | None = None

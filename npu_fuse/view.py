@@ -160,10 +160,15 @@ def _filled(view: View, function: Node) -> set[int]:
     body = getattr(owner, str(name.target), None) if isinstance(name, Node) else None
     if not isinstance(body, GraphModule):
         return set()
-    writes = [t for n in body.graph.nodes if d.mutates(n) and (t := d.tensor(n)) is not None]
-    inside = [t.untyped_storage()._cdata for t in writes]
-    results = [(view.storage.get(n, -1), t) for n in function.users if (t := d.tensor(n)) is not None]
-    return {key for key, found in results if 0 < found._version == inside.count(key)}
+    given = body.graph.output_node().args[0]
+    results = _flat_nodes(given[:1]) if isinstance(given, (tuple, list)) else []
+    made = [t._version if (t := d.tensor(n)) is not None else 0 for n in results]
+    found: set[int] = set()
+    for user in function.users:
+        value, index = d.tensor(user), user.args[1] if len(user.args) > 1 else None
+        if value is not None and isinstance(index, int) and index < len(made) and 0 < value._version == made[index]:
+            found.add(view.storage.get(user, -1))
+    return found
 
 
 def _flat_nodes(values: Iterable[Any]) -> list[Node]:

@@ -33,12 +33,16 @@ from npu_fuse import (
 )
 from npu_fuse import dialect as d
 from npu_fuse.emit import Emitter, item
+from npu_fuse.passes.all_gather_mms import NAME as AGAIN
+from npu_fuse.products import Product
+from npu_fuse.report import Status
 from npu_fuse.sites import Form, Miss, Refusal, Rule, Site
 from npu_fuse.targets import Target
 from npu_fuse.view import View
 
 NAME = "all_gather_mm"
 OP = "npu_all_gather_base_mm"
+KEPT = "gathered value kept"
 
 
 # --- the op: reference kernel, backward ------------------------------------------------------------
@@ -179,12 +183,17 @@ def _site(view: View, exchange: exchanges.Exchange, gathered: gathers.Gathered, 
     skipped = rows.ones(local.shape[:-1])
     depth = local.dim() - 1 - skipped
     trained = any((t := d.tensor(v)) is not None and t.requires_grad for v in (*values, *extra))
-    keep = (trained and not again) or len(used) > 1 or bool(extra)
+    keep = trained or len(used) > 1 or bool(extra)
+
+    def weights(e: Emitter, env: Mapping[Node, Any], product: Product, x: Any) -> tuple[Any, Any]:
+        return product.operands(e, {**env, product.x: x}, result.dtype)[1:]
+
+    def mine(e: Emitter, env: Mapping[Node, Any]) -> Any:
+        return rows.without(e, e.cast(e.local(env[source]), result.dtype), skipped)
 
     def emit(e: Emitter, env: Mapping[Node, Any]) -> Any:
-        x = rows.without(e, e.cast(e.local(env[source]), result.dtype), skipped)
-        like = env[source]
-        _, x2, bias = main.operands(e, {**env, main.x: like}, result.dtype)
+        x, like = mine(e, env), env[source]
+        x2, bias = weights(e, env, main, like)
         bare = bias is None and mc2.bare(e.target, source, 1, trained)
         ahead = 1 if bare else depth
         if bare:
@@ -195,11 +204,21 @@ def _site(view: View, exchange: exchanges.Exchange, gathered: gathers.Gathered, 
         y, all_rows = item(e, pair, 0), item(e, pair, 1)
         made = [_shaped(e, env, used[0], y, ahead)]
         for other in used[1:]:
-            _, w, b = other.product.operands(e, {**env, other.product.x: all_rows}, result.dtype)
+            w, b = weights(e, env, other.product, all_rows)
             product = e.call(torch.nn.functional.linear, all_rows, e.call(torch.t, w), b)
             made.append(_shaped(e, env, other, product, ahead))
         if extra:
             made.append(rows.shaped(e, rows.flat(e, all_rows, ahead), whole.shape[:-1], like))
+        return made if len(made) > 1 else made[0]
+
+    def emit_again(e: Emitter, env: Mapping[Node, Any]) -> Any:
+        x, like = mine(e, env), env[source]
+        operands = [weights(e, env, c.product, like) for c in used]
+        biased = [i for i, (_, b) in enumerate(operands) if b is not None]
+        w, b = [w for w, _ in operands], [operands[i][1] for i in biased]
+        bits = sum(1 << i for i in biased)
+        call = e.fused(AGAIN, e.dense(x), w, b, bits, e.group(exchange.group), size, e.target.min_rows)
+        made = [_shaped(e, env, c, item(e, call, i), depth) for i, c in enumerate(used)]
         return made if len(made) > 1 else made[0]
 
     def _shaped(e: Emitter, env: Mapping[Node, Any], consumer: gathers.Consumer, y: Any, ahead: int) -> Any:
@@ -214,14 +233,17 @@ def _site(view: View, exchange: exchanges.Exchange, gathered: gathers.Gathered, 
 
     operands = [n for c in used for n in (c.product.w, c.product.bias) if n is not None]
     params = {
-        "ranks": str(size), "products": str(len(used)), "gathered": "read besides" if extra else "kept" if keep else "",
+        "ranks": str(size), "products": str(len(used)), "gathered": "read besides" if extra else "",
         "weight": "transposed view" if main.transposed else "as it is",
         "bias": "none" if main.bias is None else "in the product",
     }  # fmt: skip
     key = (*(c.product.key for c in used), size, skipped, keep, bool(extra))
+    forms = [Form(KEPT if trained else "as it is", emit, key)]
+    if trained and not extra:  # else others have it and may keep it; what the graph does comes first
+        forms.insert(0 if again else 1, Form(AGAIN, emit_again, key))
     return Site(
         NAME, values[0], tuple(dict.fromkeys((source, *operands))), tuple(sorted(nodes, key=view.position.__getitem__)),
-        (Form("as it is", emit, key),), exchange.anchor, params, extra_outputs=(*values[1:], *extra),
+        tuple(forms), exchange.anchor, params, extra_outputs=(*values[1:], *extra),
         stand_ins={
             **exchange.stand_ins, **{n: dtensors.same(n) for c in used for n in c.behind},
             **{n: s for c in used for n, s in c.stand_ins.items()},
@@ -242,7 +264,15 @@ def limits(site: Site, form: Form, target: Target) -> Refusal | None:
         refused = refused or mc2.rows_refusal(NAME, OP, site, backward=not site.facts["several"])
         if refused is not None:
             return refused
-    return mc2.too_few_rows(NAME, site, target)
+    return mc2.too_few_rows(NAME, site, target) or _kept_otherwise(site, form, target)
+
+
+def _kept_otherwise(site: Site, form: Form, target: Target) -> Refusal | None:
+    """Whether the gathered value is kept for the weights' gradients is the graph's choice, or the option's."""
+    wanted = {"keep": KEPT, "again": AGAIN}.get(target.gather, site.forms[0].name)
+    if len(site.forms) == 1 or form.name == wanted:
+        return None
+    return Refusal(Status.REFUSED_BY_PROFIT, f"{NAME}.gather", f"option mc2_gather={target.gather!r}: {wanted}")
 
 
 RULE = Rule(NAME, recognise, limits, communicates=True, order=30)

@@ -56,6 +56,7 @@ def hand_off(gm, example_inputs):
         ({"mode": "default"}, "mode", None),
         ({"glu_concat": False}, "glu_concat", False),
         ({"mc2_min_rows": 64}, "mc2_min_rows", 64),
+        ({"mc2_gather": "again"}, "mc2_gather", "again"),
         ({"prove": "shadow", "shadow_calls": 2}, "shadow_calls", 2),
         ({"target": "npu", "soc": "Ascend910B3"}, "soc", "Ascend910B3"),
         ({"dump": Path("graphs")}, "dump", os.path.abspath("graphs")),
@@ -126,6 +127,7 @@ REFUSED = [
     ({"strict": 1}, "strict", ["1 (int)", "True or False"]),
     ({"frozen_weights": None}, "frozen_weights", ["True or False"]),
     ({"mc2_min_rows": -1}, "mc2_min_rows", ["None or a whole number"]),
+    ({"mc2_gather": "twice"}, "mc2_gather", ["'graph', 'keep', 'again'"]),
     ({"glu_concat": "npu"}, "glu_concat", ["'target', True or False"]),
     ({"prove": "shadow", "shadow_calls": 0}, "shadow_calls", ["0 (int)", "above 0"]),
     ({"prove": "shadow", "shadow_calls": True}, "shadow_calls", ["True (bool)"]),
@@ -276,6 +278,7 @@ CHANGES = [
     {"prove": "shadow"},
     {"glu_concat": True},
     {"mc2_min_rows": 64},
+    {"mc2_gather": "again"},
     {"frozen_weights": True},
     {"mode": "max-autotune"},
 ]

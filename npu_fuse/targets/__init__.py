@@ -34,6 +34,8 @@ class Target:
     """Products of fewer rows are not fused with the communication that follows."""
     gating: str = "inference"
     """Where routers may be fused: the option moe_gating."""
+    gather: str = "graph"
+    """Whether gathered rows are kept for the weights' gradients: "graph" (as it is), "keep" or "again"."""
 
     @property
     def generation(self) -> str:
@@ -60,11 +62,21 @@ def target_of(options: Options, planning: bool = False) -> Target:
     concat = options.glu_concat
     if planning and options.target == "npu" and options.soc is not None and not npu_is_loaded():
         return Target(
-            "npu", "npu", options.soc, present=False, concatenates=concat is not False, gating=options.moe_gating
+            "npu",
+            "npu",
+            options.soc,
+            present=False,
+            concatenates=concat is not False,
+            gating=options.moe_gating,
+            gather=options.mc2_gather,
         )
     if resolve_target(options) == "reference":
         return replace(
-            REFERENCE, concatenates=concat is True, min_rows=options.mc2_min_rows or 0, gating=options.moe_gating
+            REFERENCE,
+            concatenates=concat is True,
+            min_rows=options.mc2_min_rows or 0,
+            gating=options.moe_gating,
+            gather=options.mc2_gather,
         )
     soc = options.soc
     if soc is None:
@@ -75,6 +87,7 @@ def target_of(options: Options, planning: bool = False) -> Target:
     return Target(
         "npu", "npu", soc, concatenates=concat is not False, names_in_graph=literal, min_rows=rows,
         gating=options.moe_gating,
+        gather=options.mc2_gather,
     )  # fmt: skip
 
 

@@ -132,7 +132,7 @@ gathering_and_keeping = linear_function(gather_into, own, own, scatter_into, kee
 copying_linear = linear_function(own, own, own, total_)
 copying_matmul = linear_function(own, own, own, total, by_rows=False)
 reducing_linear = linear_function(own, total_, own, own)
-reducing_both_ways = linear_function(own, total, lambda g: total(g), own)
+reducing_both_ways = linear_function(own, total, total, own)
 scattering_linear = linear_function(own, scatter_into, gather_into, own)
 halving_linear = linear_function(own, own, own, lambda g: total_(g) / 2)
 reducing_the_weights_too = linear_function(own, own, total, own)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +15,7 @@ from npu_fuse.report import Status, clear_reports
 
 COLLECTIVES = (
     "all_reduce", "mm_all_reduce", "reduce_scatter_tensor", "mm_reduce_scatter", "all_gather_into_tensor",
-    "all_gather_mm",
+    "all_gather_mm", "all_gather_mms", "all_gather_again",
 )  # fmt: skip
 
 
@@ -29,6 +29,8 @@ class Outcome:
     before: Counter[str]
     after: Counter[str]
     errors: tuple[str, ...] = ()
+    kept: tuple[int, int] = (0, 0)
+    """Bytes kept for the backward, without and with npu_fuse."""
 
     @property
     def fused(self) -> int:
@@ -57,21 +59,23 @@ class Counting:
 
 def compare(
     function: Callable[..., Any], make: Callable[[], list[Any]], train: bool, dynamic: bool | None = None,
-    calls: int = 1, autocast: bool = False, model: torch.nn.Module | None = None,
+    calls: int = 1, autocast: bool = False, model: torch.nn.Module | None = None, **options: Any,
 ) -> Outcome:  # fmt: skip
     """`make` gives new inputs for each call, alike in both runs. Both are compiled, for what an in-place
-    collective's gradient is differs between torch.compile and eager."""
+    collective's gradient is differs between torch.compile and eager. `options` are npu_fuse's."""
     counting = [Counting(), Counting()]
     results = []
+    kept: list[dict[int, int]] = [{}, {}]
     for fuse in (False, True):
         torch._dynamo.reset()
         clear_reports()
         torch.manual_seed(1)
-        compiled = torch.compile(function, dynamic=dynamic, **_backend(fuse, counting[fuse]))
+        compiled = torch.compile(function, dynamic=dynamic, **_backend(fuse, {"handoff": counting[fuse], **options}))
         found: list[Any] = []
         try:
             for _ in range(calls):
-                found += _call(compiled, make(), train, autocast, model)
+                with keeping(kept[fuse]):
+                    found += _call(compiled, make(), train, autocast, model)
         except Exception as fault:  # on all ranks alike, or the others will time out
             return Outcome((), (), Counter(), Counter(), (f"{'fused' if fuse else 'plain'}: {fault}"[-600:],))
         results.append(found)
@@ -79,13 +83,27 @@ def compare(
     sites = tuple((s.op, str(s.status), s.reason) for r in reports for s in r.sites)
     errors = tuple(e for r in reports for e in r.errors)
     differences = tuple(_difference(a, b) for a, b in zip(*results, strict=True))
-    return Outcome(differences, sites, counting[0].counts, counting[1].counts, errors)
+    kept_bytes = (sum(kept[0].values()), sum(kept[1].values()))
+    return Outcome(differences, sites, *(c.counts for c in counting), errors, kept_bytes)
 
 
-def _backend(fuse: bool, handoff: Any) -> dict[str, Any]:
+def _backend(fuse: bool, options: dict[str, Any]) -> dict[str, Any]:
     if not fuse:
-        return {"backend": handoff}
-    return {"backend": "npu_fuse", "options": {"target": "reference", "handoff": handoff}}
+        return {"backend": options["handoff"]}
+    return {"backend": "npu_fuse", "options": {"target": "reference", **options}}
+
+
+@contextlib.contextmanager
+def keeping(sizes: dict[int, int]) -> Iterator[None]:
+    """Notes the storages that are kept for a backward, by address: all of them live until then."""
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        storage = getattr(tensor, "_local_tensor", tensor).untyped_storage()
+        sizes[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        yield
 
 
 def _call(

@@ -256,6 +256,11 @@ def scattered_columns(x, w, v, b, s):
     return scatter(linear(x, w), 2).sin()
 
 
+@near("scattered along dimension 1")
+def scattered_inside_a_layer(x, w, v, b, s):
+    return scatter(linear(gather(x, 1), w).sin() @ w, 1).cos()
+
+
 @near("used besides its sum")
 def product_used(x, w, v, b, s):
     y = linear(x, w)
@@ -302,12 +307,12 @@ def given_buffer(x, w, v, b, s):
     return out.sin()
 
 
-@near("")
+@near("gathered along dimension 1: rows would have to be moved behind")
 def gathered_inside(x, w, v, b, s):
     return linear(gather(x, 1), w).sin()
 
 
-@near("")
+@near("gathered along dimension 2")
 def gathered_columns(x, w, v, b, s):
     return linear(gather(s[..., :3], 2), w).sin()
 
@@ -317,7 +322,7 @@ def gathered_weight(x, w, v, b, s):
     return linear(x, gather(w)).sin()
 
 
-@near("")
+@near("relu stands between the gather and the product")
 def activated_behind(x, w, v, b, s):
     return linear(gather(x).relu(), w)
 
