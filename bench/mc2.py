@@ -36,16 +36,8 @@ from rich.table import Table
 from torch import nn
 from torch.nn.functional import linear
 
-PEAK = 280e12
-"""bfloat16 operations a second of an Ascend 910B: Gitee AI's page on it (ai.gitee.com/docs, Ascend 910B)."""
-LINK = 784e9 / 2 / 2
-"""Bytes a second that a processor sends: 784 GB/s are published of a 910C (besthub.dev, "How Huawei's Ascend AI Chips
-Evolve"), of two processors and both directions. That the mesh of an A2 server gives as much is an assumption."""
-LATENCY = 5e-6
-"""Seconds a step of a collective: an assumption."""
-TILES = 4
-"""Parts into which a fused kernel cuts its rows: an assumption."""
-BYTES = 2
+from npu_fuse.mc2_split import BYTES, LATENCY, LINK, PEAK, TILES, exposed
+
 FORMS = ("all-reduce", "sequence")
 
 
@@ -162,12 +154,12 @@ def call_of(node: torch.fx.Node, ranks: int) -> Call | None:
 
 def modelled(calls: Sequence[Call], peak: float, link: float) -> dict[str, float]:
     """Seconds in matmuls and of communication that nothing hides, as the heading says."""
-    busy = exposed = 0.0
+    busy = bare = 0.0
     for call in calls:
         work, talk = call.operations / peak, call.sent / link + call.steps * LATENCY
         busy += work
-        exposed += max(talk / TILES, talk - work * (1 - 1 / TILES)) if work and talk else talk
-    return {"matmul": busy, "exposed": exposed}
+        bare += exposed(work, talk)
+    return {"matmul": busy, "exposed": bare}
 
 
 def counted(calls: Sequence[Call], peak: float = PEAK, link: float = LINK) -> dict[str, Any]:

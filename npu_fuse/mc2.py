@@ -80,15 +80,24 @@ def rows_refusal(name: str, op: str, site: Site, backward: bool) -> Refusal | No
     """Limits of the ops that scatter or gather rows; `backward`: its gradient takes one of them, too."""
     product: Product = site.facts["product"]
     if site.facts["bias"]:
-        return _refused(name, "bias", f"{op} adds no bias, and added apart it would be rounded once more")
+        return no_bias(name, op)
     inner, outer = widths(product)
     result = d.tensor(site.output)
     trained = backward and result is not None and result.requires_grad
-    for width, what in ((inner, "the product"), *(((outer, "the product of its backward"),) if trained else ())):
-        if width is None or not INNER[0] <= width < INNER[1]:
-            limits = f"{INNER[0]} to {INNER[1] - 1}"
-            return _refused(name, "width", f"{op} sums over {limits} columns, {what} over {width or 'a symbol'}")
-    return None
+    refused = width_refusal(name, op, inner, "the product")
+    return refused or (width_refusal(name, op, outer, "the product of its backward") if trained else None)
+
+
+def no_bias(name: str, op: str) -> Refusal:
+    return _refused(name, "bias", f"{op} adds no bias, and added apart it would be rounded once more")
+
+
+def width_refusal(name: str, op: str, width: int | None, what: str) -> Refusal | None:
+    """`width`: how many columns are summed over."""
+    if width is not None and INNER[0] <= width < INNER[1]:
+        return None
+    limits = f"{INNER[0]} to {INNER[1] - 1}"
+    return _refused(name, "width", f"{op} sums over {limits} columns, {what} over {width or 'a symbol'}")
 
 
 def widths(product: Product) -> tuple[int | None, int | None]:

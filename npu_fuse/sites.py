@@ -61,6 +61,8 @@ class Form:
     emit: Emit
     key: tuple[Any, ...] = ()
     """What `emit` depends on besides the inputs: part of the proof's key."""
+    note: str = ""
+    """For the report, where this form is taken."""
     also: tuple[Emit, ...] = ()
     """Other roundings of the same kernel (its tiling decides): each must pass the proof as well."""
 

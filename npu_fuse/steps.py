@@ -121,7 +121,7 @@ def prove(candidates: list[Candidate], rules: Iterable[Rule], options: Options, 
             candidate.proof = verdict.facts
             if verdict.holds:
                 candidate.form = form
-                candidate.notes += verdict.notes
+                candidate.notes += [*verdict.notes, *([form.note] if form.note else [])]
                 break
             reasons.append((Status.REFUSED_BY_PROOF, f"{site.op}.proof", f"form '{form.name}': {verdict.reason}"))
         if candidate.form is not None and site.replaces is not None:

@@ -27,6 +27,7 @@ from npu_fuse import (
     groups,
     layers,
     mc2,
+    mc2_split,
     ops,
     products,
     reduced,
@@ -47,11 +48,16 @@ OP = "npu_mm_all_reduce_base"
 
 def _forward(
     x1: torch.Tensor, x2: torch.Tensor, bias: torch.Tensor | None, group: str, bias_parts: int, gradient: str,
-    min_rows: int,
+    min_rows: int, kernel: str,
 ) -> torch.Tensor:  # fmt: skip
     """x1 [..., K], x2 [K, N], bias [N] of which each rank adds one of `bias_parts` → the sum over ranks [..., N]."""
     part = bias if bias is None or bias_parts == 1 else bias / bias_parts
-    if mc2.runs_fused(x1, x1.numel() // max(1, x1.shape[-1]), min_rows, group):
+    fused = mc2.runs_fused(x1, x1.numel() // max(1, x1.shape[-1]), min_rows, group)
+    if fused and kernel == mc2_split.SPLIT:
+        split = mc2_split.run(x1, x2, group) if bias is None else None
+        if split is not None:
+            return split
+    elif fused:
         flat = x1 if x1.dim() in (2, 3) else x1.reshape(-1, x1.shape[-1])
         call = torch.ops.npu.npu_mm_all_reduce_base.default
         made: torch.Tensor = call(flat, x2, groups.communicator(group), reduce_op="sum", bias=part)
@@ -64,7 +70,7 @@ def _fake(x1: torch.Tensor, x2: torch.Tensor, *rest: Any) -> torch.Tensor:
 
 
 def _setup(ctx: Any, inputs: Any, output: Any) -> None:
-    x1, x2, bias, ctx.group, _, ctx.gradient, _ = inputs
+    x1, x2, bias, ctx.group, _, ctx.gradient, *_ = inputs
     ctx.has_bias = bias is not None
     ctx.save_for_backward(x1, x2)
 
@@ -81,12 +87,12 @@ def _backward(ctx: Any, dy: torch.Tensor) -> Any:
         dx2 = products.weight_gradient(x1, dy, x2)
     if ctx.has_bias and ctx.needs_input_grad[2]:
         dbias = dy.reshape(-1, dy.shape[-1]).sum(0)
-    return dx1, dx2, dbias, None, None, None, None
+    return dx1, dx2, dbias, None, None, None, None, None
 
 
 ops.define(
-    "mm_all_reduce(Tensor x1, Tensor x2, Tensor? bias, str group, int bias_parts, str gradient, int min_rows)"
-    " -> Tensor", _forward, keeps=(0, 1), fake=_fake, expand=_forward,
+    "mm_all_reduce(Tensor x1, Tensor x2, Tensor? bias, str group, int bias_parts, str gradient, int min_rows,"
+    " str kernel) -> Tensor", _forward, keeps=(0, 1), fake=_fake, expand=_forward,
 )  # fmt: skip
 ops.differentiable("mm_all_reduce", _backward, _setup)
 
@@ -174,15 +180,21 @@ def _site(view: View, reduction: collectives.Reduction, below: reduced.Reduced) 
     spread = dtensors.layout_of(product.node) is not None
     wrapped = dtensors.layout_of(value) is not None
 
-    def emit(e: Emitter, env: Mapping[Node, Any]) -> Any:
+    _, width = mc2.widths(product)
+
+    def emit_split(e: Emitter, env: Mapping[Node, Any]) -> Any:
+        return emit(e, env, mc2_split.SPLIT)
+
+    def emit(e: Emitter, env: Mapping[Node, Any], kernel: str = mc2_split.WHOLE) -> Any:
         from torch.distributed.tensor import Replicate
 
         x1, x2, bias = replace(product, bias=below.bias).operands(e, env, result.dtype)
-        if mc2.bare(e.target, product.x, product.contracted, trained):
+        if kernel == OP and mc2.bare(e.target, product.x, product.contracted, trained):
             y = _bare(e, e.dense(x1), x2, bias)
         else:
             name, least = e.group(reduction.group), e.target.min_rows
-            y = e.fused(NAME, e.dense(x1), x2, bias, name, below.bias_parts, gradient, least)
+            least = least if kernel == OP else mc2_split.rows_for(e.target, width, reduction.group.size)
+            y = e.fused(NAME, e.dense(x1), x2, bias, name, below.bias_parts, gradient, least, kernel)
         y = product.shaped(e, y, env)
         for move in moves:
             y = e.moved(move, y)
@@ -204,12 +216,15 @@ def _site(view: View, reduction: collectives.Reduction, below: reduced.Reduced) 
         "weight": "transposed view" if product.transposed else "as it is",
         "bias": "none" if below.bias is None else "inside the sum",
     }  # fmt: skip
+    key = (*product.key, below.bias is not None, below.bias_parts, gradient, size)
+    note = mc2_split.modelled(product, reduction.group.size)
+    forms = (Form("as it is", emit, key), Form(mc2_split.FORM, emit_split, key, note))
     return Site(
-        NAME, value, inputs, tuple(sorted(nodes, key=view.position.__getitem__)),
-        (Form("as it is", emit, (*product.key, below.bias is not None, below.bias_parts, gradient, size)),),
-        reduction.anchor, params, stand_ins={**below.stand_ins, **reduction.stand_ins}, pool=(3, 5, 7, 4, 6, 8),
+        NAME, value, inputs, tuple(sorted(nodes, key=view.position.__getitem__)), forms, reduction.anchor,
+        params, stand_ins={**below.stand_ins, **reduction.stand_ins}, pool=(3, 5, 7, 4, 6, 8),
         facts={"kept": 0, "group": reduction.group, "x": product.x, "w": product.w, "sums": True,
-               "overlapped": reduction.overlapped, "product": product, "dtensors": spread},
+               "overlapped": reduction.overlapped, "product": product, "dtensors": spread,
+               "bias": below.bias is not None},
     )  # fmt: skip
 
 
@@ -240,6 +255,10 @@ def limits(site: Site, form: Form, target: Target) -> Refusal | None:
     """npu_mm_all_reduce_base: chips, ranks, dtypes (torch_npu's document, aclnnMatmulAllReduceV2), and what pays."""
     if site.facts["overlapped"]:
         return mc2.overlapped(NAME)
+    if form.name == mc2_split.FORM:
+        out = d.tensor(site.output)
+        trained = out is not None and out.requires_grad
+        return mc2_split.limits(NAME, site, target, *mc2.widths(site.facts["product"]), trained)
     if target.name == "npu":
         refused = mc2.refusal(NAME, OP, site, target)
         if refused is not None:

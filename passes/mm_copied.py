@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from npu_fuse import copies, dtensors, groups, mc2, ops, products
+from npu_fuse import copies, dtensors, groups, mc2, mc2_split, ops, products
 from npu_fuse import dialect as d
 from npu_fuse.emit import Emitter
 from npu_fuse.sites import Form, Miss, Refusal, Rule, Site
@@ -30,8 +30,8 @@ OP = "npu_mm_all_reduce_base"
 
 
 def _forward(
-    x1: torch.Tensor, x2: torch.Tensor, bias: torch.Tensor | None, group: str, min_rows: int
-) -> torch.Tensor:  # fmt: skip
+    x1: torch.Tensor, x2: torch.Tensor, bias: torch.Tensor | None, group: str, min_rows: int, kernel: str
+) -> torch.Tensor:
     """x1 [..., K], x2 [K, N], bias [N] → [..., N]."""
     return torch.nn.functional.linear(x1, x2.t(), bias)
 
@@ -41,7 +41,7 @@ def _fake(x1: torch.Tensor, x2: torch.Tensor, *rest: Any) -> torch.Tensor:
 
 
 def _setup(ctx: Any, inputs: Any, output: Any) -> None:
-    x1, x2, bias, ctx.group, ctx.min_rows = inputs
+    x1, x2, bias, ctx.group, ctx.min_rows, ctx.kernel = inputs
     ctx.has_bias = bias is not None
     ctx.save_for_backward(x1, x2)
 
@@ -52,16 +52,16 @@ def _backward(ctx: Any, dy: torch.Tensor) -> Any:
     dx1 = dx2 = dbias = None
     if ctx.needs_input_grad[0]:
         reduce = ops.backward_op("mm_all_reduce")
-        dx1 = reduce(dy, x2.t(), None, ctx.group, 1, "identity", ctx.min_rows)
+        dx1 = reduce(dy, x2.t(), None, ctx.group, 1, "identity", ctx.min_rows, ctx.kernel)
     if ctx.needs_input_grad[1]:
         dx2 = products.weight_gradient(x1, dy, x2)
     if ctx.has_bias and ctx.needs_input_grad[2]:
         dbias = dy.reshape(-1, dy.shape[-1]).sum(0)
-    return dx1, dx2, dbias, None, None
+    return dx1, dx2, dbias, None, None, None
 
 
 ops.define(
-    "mm_copied(Tensor x1, Tensor x2, Tensor? bias, str group, int min_rows) -> Tensor",
+    "mm_copied(Tensor x1, Tensor x2, Tensor? bias, str group, int min_rows, str kernel) -> Tensor",
     _forward, keeps=(0, 1), fake=_fake, expand=_forward,
 )  # fmt: skip
 ops.differentiable("mm_copied", _backward, _setup)
@@ -89,12 +89,18 @@ def _site(view: View, copied: copies.Copied) -> Site:
     assert result is not None
     wrapped = dtensors.layout_of(copied.value)
 
-    def emit(e: Emitter, env: Mapping[Node, Any]) -> Any:
+    width, _ = mc2.widths(product)
+
+    def emit_split(e: Emitter, env: Mapping[Node, Any]) -> Any:
+        return emit(e, env, mc2_split.SPLIT)
+
+    def emit(e: Emitter, env: Mapping[Node, Any], kernel: str = mc2_split.WHOLE) -> Any:
+        least = e.target.min_rows if kernel == OP else mc2_split.rows_for(e.target, width, group.size)
         x = e.local(env[copied.source])
         for move in copied.moves:
             x = e.moved(move, x)
         x1, x2, bias = replace(product, x=copied.source).operands(e, {**env, copied.source: x}, result.dtype)
-        y = product.shaped(e, e.fused(NAME, x1, x2, bias, e.group(group), e.target.min_rows), env)
+        y = product.shaped(e, e.fused(NAME, x1, x2, bias, e.group(group), least, kernel), env)
         return e.wrapped(y, env[product.w], wrapped.placements) if wrapped is not None else y
 
     inputs = tuple(dict.fromkeys(n for n in (copied.source, product.w, product.bias) if n is not None))
@@ -102,17 +108,22 @@ def _site(view: View, copied: copies.Copied) -> Site:
         "ranks": str(group.size), "weight": "transposed view" if product.transposed else "as it is",
         "gradient": "all_reduce",
     }  # fmt: skip
+    key = (*product.key, group.size)
+    note = mc2_split.modelled(product, group.size, backward=True)
+    forms = (Form("as it is", emit, key), Form(mc2_split.FORM, emit_split, key, note))
     return Site(
-        NAME, copied.value, inputs, tuple(sorted(copied.nodes, key=view.position.__getitem__)),
-        (Form("as it is", emit, (*product.key, group.size)),), copied.anchor, params, stand_ins=copied.stand_ins,
-        pool=(3, 5, 7, 4, 6, 8),
+        NAME, copied.value, inputs, tuple(sorted(copied.nodes, key=view.position.__getitem__)), forms, copied.anchor,
+        params, stand_ins=copied.stand_ins, pool=(3, 5, 7, 4, 6, 8),
         facts={"kept": 0, "group": group, "x": copied.source, "w": product.w, "sums": True, "product": product,
-               "dtensors": dtensors.layout_of(product.node) is not None},
+               "bias": False, "dtensors": dtensors.layout_of(product.node) is not None},
     )  # fmt: skip
 
 
 def limits(site: Site, form: Form, target: Target) -> Refusal | None:
     """npu_mm_all_reduce_base in the backward: chips, ranks, dtypes, and what pays."""
+    if form.name == mc2_split.FORM:
+        width, summed = mc2.widths(site.facts["product"])
+        return mc2_split.limits(NAME, site, target, summed, width, trained=True)
     if target.name == "npu":
         refused = mc2.refusal(NAME, OP, site, target)
         if refused is not None:

@@ -34,6 +34,8 @@ class Target:
     """Products of fewer rows are not fused with the communication that follows."""
     gating: str = "inference"
     """Where routers may be fused: the option moe_gating."""
+    models_rows: bool = False
+    """`min_rows` is no word of the user's: where a form pays by a model only, the model says from how many rows on."""
     gather: str = "graph"
     """Whether gathered rows are kept for the weights' gradients: "graph" (as it is), "keep" or "again"."""
 
@@ -60,24 +62,11 @@ def target_of(options: Options, planning: bool = False) -> Target:
     With `planning` nothing will run: target "npu" for a chip that is named needs no torch_npu.
     """
     concat = options.glu_concat
+    chosen: dict[str, Any] = {"gating": options.moe_gating, "gather": options.mc2_gather}
     if planning and options.target == "npu" and options.soc is not None and not npu_is_loaded():
-        return Target(
-            "npu",
-            "npu",
-            options.soc,
-            present=False,
-            concatenates=concat is not False,
-            gating=options.moe_gating,
-            gather=options.mc2_gather,
-        )
+        return Target("npu", "npu", options.soc, present=False, concatenates=concat is not False, **chosen)
     if resolve_target(options) == "reference":
-        return replace(
-            REFERENCE,
-            concatenates=concat is True,
-            min_rows=options.mc2_min_rows or 0,
-            gating=options.moe_gating,
-            gather=options.mc2_gather,
-        )
+        return replace(REFERENCE, concatenates=concat is True, min_rows=options.mc2_min_rows or 0, **chosen)
     soc = options.soc
     if soc is None:
         npu: Any = torch.npu  # type: ignore[attr-defined]
@@ -86,8 +75,7 @@ def target_of(options: Options, planning: bool = False) -> Target:
     literal = _translates(options.handoff)
     return Target(
         "npu", "npu", soc, concatenates=concat is not False, names_in_graph=literal, min_rows=rows,
-        gating=options.moe_gating,
-        gather=options.mc2_gather,
+        models_rows=options.mc2_min_rows is None, **chosen,
     )  # fmt: skip
 
 
