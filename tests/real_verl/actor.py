@@ -13,11 +13,11 @@ LENGTHS = ((7, 12, 5, 9), (3, 14, 8, 6), (11, 4, 10, 13))
 """Another number of tokens in every step, and in every micro-batch."""
 
 
-def batch(step, rank, vocabulary):
+def batch(step, rank, vocabulary, lengths=None):
     from tensordict import TensorDict
 
     generator = torch.Generator().manual_seed(1000 * step + rank)
-    lengths = LENGTHS[step % len(LENGTHS)]
+    lengths = lengths or LENGTHS[step % len(LENGTHS)]
     ids = [torch.randint(3, vocabulary, (n,), generator=generator) for n in lengths]
     jagged = partial(torch.nested.as_nested_tensor, layout=torch.jagged)
     return TensorDict(
@@ -41,16 +41,27 @@ def make_engine(given):
         lora_rank=given.lora, fused_kernel_options=json.loads(given.fused),
     )  # fmt: skip
     engine = FSDPEngineConfig(
-        strategy=given.strategy, use_dynamic_bsz=False, micro_batch_size_per_gpu=2, use_torch_compile=False,
+        strategy=given.strategy, use_dynamic_bsz=False, micro_batch_size_per_gpu=given.micro, use_torch_compile=False,
         use_orig_params=not given.flat, ulysses_sequence_parallel_size=given.ulysses, forward_only=given.forward_only,
         mixed_precision={"param_dtype": given.dtype, "reduce_dtype": "fp32", "buffer_dtype": "fp32"},
         reshard_after_forward=not given.keep_unsharded,
     )  # fmt: skip
-    optimizer = FSDPOptimizerConfig(lr=1e-3, total_training_steps=10)
+    # Adam moves by a gradient over its own size: where a gradient is zero but for rounding (the softmax cancels a bias
+    # of keys in what is not rotated), the step would be of full length and of rounding alone. This eps is above the
+    # rounding of gradients clipped to a norm of 1, and far below what the rest of them are.
+    optimizer = FSDPOptimizerConfig(lr=1e-3, total_training_steps=10, override_optimizer_config={"eps": 1e-5})
     return EngineRegistry.new(
         model_type="language_model", backend=given.strategy, model_config=model, engine_config=engine,
         optimizer_config=optimizer, checkpoint_config=CheckpointConfig(),
     )  # fmt: skip
+
+
+def trained(engine):
+    """This rank's share of what the optimizer moves."""
+    from torch.distributed.tensor import DTensor
+
+    values = [p.detach() for p in engine.module.parameters() if p.requires_grad]
+    return [(v.to_local() if isinstance(v, DTensor) else v).double() for v in values]
 
 
 def main():
@@ -61,6 +72,7 @@ def main():
     parser.add_argument("--dtype", default="fp32")
     parser.add_argument("--fused", default="{}", help="fused_kernel_options as JSON")
     parser.add_argument("--steps", type=int, default=10)
+    parser.add_argument("--micro", type=int, default=2, help="sequences in a micro-batch")
     parser.add_argument("--ulysses", type=int, default=1)
     parser.add_argument("--lora", type=int, default=0)
     parser.add_argument("--save", help="a folder for verl's own checkpoint after the last step")
@@ -89,11 +101,11 @@ def main():
     if given.resume:
         engine.load_checkpoint(given.resume)
     vocabulary = engine.model_config.hf_config.vocab_size
-    losses, norms = [], []
+    losses, norms, before = [], [], trained(engine)
     for step in range(given.steps):
         data = batch(step, rank // given.ulysses, vocabulary)
         tu.assign_non_tensor(
-            data, temperature=1.0, use_remove_padding=True, use_dynamic_bsz=False, micro_batch_size_per_gpu=2,
+            data, temperature=1.0, use_remove_padding=True, use_dynamic_bsz=False, micro_batch_size_per_gpu=given.micro,
             use_fused_kernels=False, calculate_entropy=False, global_batch_size=4 * engine.get_data_parallel_size(),
         )  # fmt: skip
         with engine.train_mode():
@@ -101,18 +113,21 @@ def main():
         if rank == 0:  # verl gives metrics to one rank of a sequence-parallel group
             losses.append(made["loss"] if "loss" in made else made["metrics"].get("loss"))
             norms.append(float(made["metrics"]["grad_norm"]))
+    moved = sum(((one - other) ** 2).sum() for one, other in zip(trained(engine), before, strict=True))
+    torch.distributed.all_reduce(moved)
     if given.save:
         engine.save_checkpoint(given.save, global_step=given.steps)
     weights = {name: value for name, value in engine.get_per_tensor_param()[0]}
     weights = {name: value.full_tensor() if hasattr(value, "full_tensor") else value for name, value in weights.items()}
     names = [name for name, _ in engine.module.named_parameters()]
+    state = list(engine.module.state_dict())  # FSDP1 gathers for it: on every rank
     entries = torch._dynamo.utils.counters["graph_break"]
     compiler = getattr(engine, "npu_fuse_blocks", None)
     if rank == 0:
         torch.save(
             {
-                "losses": losses, "norms": norms, "names": names, "breaks": dict(entries),
-                "state": list(engine.module.state_dict()), "summary": compiler.summary() if compiler else "",
+                "losses": losses, "norms": norms, "moved": moved.item() ** 0.5, "names": names, "breaks": dict(entries),
+                "state": state, "summary": compiler.summary() if compiler else "",
                 "fused": sum(g.count(Status.FUSED) for g in compiler.graphs) if compiler else 0,
                 "left": sum(len(g.sites) - g.count(Status.FUSED) for g in compiler.graphs) if compiler else 0,
                 "graphs": len(compiler.graphs) if compiler else 0,

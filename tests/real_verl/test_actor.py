@@ -16,7 +16,6 @@ pytestmark = pytest.mark.real_verl
 HERE = Path(__file__).parent
 ON = {"enable": True, "handoff": "aot_eager"}
 LAYER = {"llama": 5, "qwen3": 7, "gemma3": 9, "glm4": 7, "qwen3_moe": 6}
-STEPS, RATE = 10, 1e-3  # of actor.py
 """Sites in one decoder layer: norms, two rotations and the gated MLP (experts have no plain one)."""
 TOLERANCE = {"fp32": 64 * 2.0**-23, "bf16": 4 * 2.0**-8}
 """Relative: of means over some hundred tokens, within ten optimizer steps, in units of the dtype's step."""
@@ -64,11 +63,9 @@ def same(on, off, dtype):
         assert one == pytest.approx(other, rel=2 * bound)
     for one, other in zip(on["losses"], off["losses"], strict=True):
         assert one == pytest.approx(other, rel=bound)
-    # Adam moves every weight by about the learning rate in each step, whatever its gradient's size.
     apart = sum((on["weights"][n].double() - w.double()).pow(2).sum().item() for n, w in off["weights"].items()) ** 0.5
-    moved = STEPS * RATE * sum(w.numel() for w in off["weights"].values()) ** 0.5
     assert list(on["weights"]) == list(off["weights"])
-    assert apart <= 4 * bound * moved
+    assert apart <= 4 * bound * off["moved"]
 
 
 CASES = [
@@ -89,7 +86,7 @@ def test_training_is_the_same(kind, strategy, world, dtype, more, models, tmp_pa
     off = run(tmp_path / "off.pt", model, world, None, *arguments)
     on = run(tmp_path / "on.pt", model, world, {**ON, "report_dir": str(tmp_path / "report")}, *arguments)
     same(on, off, dtype)
-    assert on["losses"][0] != on["losses"][1]  # something was trained
+    assert off["moved"] > 0
     assert on["breaks"] == {}
     assert (on["fused"], on["left"]) == (on["graphs"] * LAYER[kind], 0) and on["graphs"] >= 1, on["summary"]
     tables = sorted((tmp_path / "report").glob("npu_fuse_verl_actor_rank*.json"))
