@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import logging
 import os
@@ -24,6 +25,25 @@ def environment(monkeypatch):
     for name in ("NPU_FUSE_VLLM", "VLLM_PLUGINS", "TASK_QUEUE_ENABLE", "VLLM_ASCEND_TASK_QUEUE_ENABLE"):
         monkeypatch.setenv(name, "")
         monkeypatch.delenv(name)
+    yield
+    logging.getLogger("npu_fuse").setLevel(logging.NOTSET)
+
+
+def as_ray_does(server):
+    """The class that Ray runs: derived, with a wrapper of every method that goes to the method of before."""
+
+    class Class(server):
+        pass
+
+    for name in ("launch_server", "_preprocess_engine_kwargs"):
+        method = getattr(Class, name)
+
+        @functools.wraps(method)
+        def resume(self, *args, method=method):
+            return method(self, *args)
+
+        setattr(Class, name, resume)
+    return Class
 
 
 def launched(options, eager=False, vllm=None):
@@ -41,11 +61,12 @@ def launched(options, eager=False, vllm=None):
         def _preprocess_engine_kwargs(self, kwargs):
             kwargs["seen"] = True
 
-    launch = Server.launch_server  # as Ray holds it, from before verl imports its external library
+    actor = as_ray_does(Server)  # before verl imports its external library
+    launch = actor.launch_server
     module = types.SimpleNamespace(vLLMHttpServer=Server)
     verl_rollout.install(module)
     verl_rollout.install(module)
-    made = launch(Server())
+    made = launch(actor())
     assert made.pop("seen")
     return made
 
@@ -62,6 +83,16 @@ def test_the_switch_reaches_the_server():
 def test_without_the_switch_nothing_is_touched(options):
     assert launched(options) == {}
     assert "NPU_FUSE_VLLM" not in os.environ
+
+
+def test_what_is_told_is_seen_where_verl_shows_errors_only(capsys, monkeypatch):
+    logger, root = logging.getLogger("npu_fuse"), logging.getLogger()
+    monkeypatch.setattr(root, "handlers", [])
+    monkeypatch.setattr(logger, "handlers", [])
+    launched(ON)
+    launched(ON)
+    assert len(logger.handlers) == 1
+    assert "npu_fuse's pass is switched on" in capsys.readouterr().err
 
 
 def test_an_eager_rollout_is_told_of(caplog):

@@ -58,6 +58,7 @@ timeout "${LIMIT:-600}" python -m verl.trainer.main_ppo \
     trainer.total_epochs=1 \
     trainer.resume_mode=disable \
     trainer.default_local_dir="${FOLDER}/checkpoints" \
+    hydra.run.dir="${FOLDER}/hydra" \
     ray_kwargs.ray_init.num_cpus=12 \
     +ray_kwargs.ray_init.resources.NPU=2 \
     +ray_kwargs.ray_init.include_dashboard=False \

@@ -23,7 +23,7 @@ from npu_fuse.doctor import doctor
 from npu_fuse.errors import OptionError
 from npu_fuse.integrations import verl_rollout
 from npu_fuse.integrations.verl_blocks import BlockCompiler, blocks_of
-from npu_fuse.integrations.verl_settings import Settings, plain, settings_of
+from npu_fuse.integrations.verl_settings import Settings, be_heard, plain, settings_of
 
 logger = logging.getLogger("npu_fuse")
 
@@ -47,6 +47,7 @@ def install(module: Any) -> None:
         if settings is None:
             construct(self, model_config, engine_config, *args, **kwargs)
             return
+        be_heard()
         _check_engine(engine_config)
         with _without_patches(settings.verl_patches == "off"):
             construct(self, model_config, engine_config, *args, **kwargs)

@@ -10,15 +10,16 @@ import functools
 import json
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from npu_fuse.errors import OptionError
-from npu_fuse.integrations.verl_settings import PREFIX, Settings, plain, settings_of
+from npu_fuse.integrations.verl_settings import PREFIX, Settings, be_heard, plain, settings_of
 
 logger = logging.getLogger("npu_fuse")
 
 SERVER_MODULE = "verl.workers.rollout.vllm_rollout.vllm_async_server"
+METHOD = "_preprocess_engine_kwargs"
 KEY = "npu_fuse"
 TRAINING_ONLY = ("handoff", "handoff_options", "strict")
 """Options that mean nothing where vLLM hands on the graph itself, or would end a server for one site."""
@@ -27,24 +28,28 @@ TRAINING_ONLY = ("handoff", "handoff_options", "strict")
 def install(module: Any) -> None:
     """Wrap where verl's vLLM server looks through its arguments; models without the switch go the way they went.
 
-    Ray took the actor's own methods before this module was imported: what they call on `self` is looked up later.
-    Idempotent.
+    Ray runs a class of its own that is derived from the server's, holds every method of it once more, and was made
+    before verl imports its external library: that one is wrapped too. Idempotent.
     """
-    server = module.vLLMHttpServer
-    if getattr(server, "npu_fuse", False):
-        return
-    server.npu_fuse = True
-    preprocess = server._preprocess_engine_kwargs
+    kinds = [module.vLLMHttpServer]
+    for kind in kinds:
+        kinds += kind.__subclasses__()
+        if METHOD in vars(kind) and "npu_fuse" not in vars(kind):
+            kind.npu_fuse = True
+            setattr(kind, METHOD, _prepared(vars(kind)[METHOD]))
 
+
+def _prepared(preprocess: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(preprocess)
     def _preprocess_engine_kwargs(self: Any, engine_kwargs: dict[str, Any]) -> Any:
         made = preprocess(self, engine_kwargs)
         settings = settings_of(self.model_config.fused_kernel_options)
         if settings is not None and settings.rollout:
+            be_heard()
             prepare(self.config, engine_kwargs, settings)
         return made
 
-    server._preprocess_engine_kwargs = _preprocess_engine_kwargs
+    return _preprocess_engine_kwargs
 
 
 def prepare(rollout: Any, kwargs: dict[str, Any], settings: Settings) -> None:

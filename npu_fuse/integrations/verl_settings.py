@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -52,3 +53,17 @@ def plain(section: Any) -> dict[str, Any]:
     if isinstance(section, Mapping):
         return {str(key): plain(value) if isinstance(value, Mapping) else value for key, value in section.items()}
     return {}
+
+
+def be_heard() -> None:
+    """verl's processes print warnings only, its vLLM servers errors only: let npu_fuse's lines be seen in all of them.
+
+    A level that was set for the logger stays.
+    """
+    logger = logging.getLogger("npu_fuse")
+    if logger.level == logging.NOTSET:
+        logger.setLevel(logging.INFO)
+    if not any(h.level <= logging.INFO for h in (*logger.handlers, *logging.getLogger().handlers)):
+        handler = logging.StreamHandler()
+        handler.setFormatter(logging.Formatter("%(levelname)s:%(asctime)s:%(message)s"))
+        logger.addHandler(handler)

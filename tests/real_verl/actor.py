@@ -5,6 +5,9 @@ Run as a program with RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT set.
 
 import argparse
 import json
+import os
+import signal
+import types
 from functools import partial
 
 import torch
@@ -64,6 +67,27 @@ def trained(engine):
     return [(v.to_local() if isinstance(v, DTensor) else v).double() for v in values]
 
 
+def die(*_, **__):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def die_while(doing):
+    """Let this process be killed in the middle of writing a proof, or of compiling a kernel."""
+    if doing == "proof":
+        from npu_fuse import proof_cache
+
+        def half(data, file):
+            file.write(json.dumps(data)[:20])
+            file.flush()
+            die()
+
+        proof_cache.json = types.SimpleNamespace(loads=json.loads, dump=half)
+    elif doing == "compile":
+        from torch._inductor.cpp_builder import CppBuilder
+
+        CppBuilder.build = die
+
+
 def main():
     parser = argparse.ArgumentParser()
     parser.add_argument("--model", required=True)
@@ -77,6 +101,7 @@ def main():
     parser.add_argument("--lora", type=int, default=0)
     parser.add_argument("--save", help="a folder for verl's own checkpoint after the last step")
     parser.add_argument("--resume", help="a folder of such a checkpoint")
+    parser.add_argument("--die", choices=("proof", "compile", "step"), help="let the last rank be killed in the middle")
     for flag in ("no-checkpointing", "flat", "forward-only", "keep-unsharded"):
         parser.add_argument(f"--{flag}", action="store_true")
     given = parser.parse_args()
@@ -87,7 +112,10 @@ def main():
     from npu_fuse.report import Status
 
     torch.distributed.init_process_group("gloo")
-    rank = torch.distributed.get_rank()
+    rank, dies = torch.distributed.get_rank(), None
+    if rank == torch.distributed.get_world_size() - 1:
+        dies = given.die
+    die_while(dies)
     torch.manual_seed(0)
     engine = make_engine(given)
     if given.strategy == "fsdp":
@@ -109,7 +137,8 @@ def main():
             use_fused_kernels=False, calculate_entropy=False, global_batch_size=4 * engine.get_data_parallel_size(),
         )  # fmt: skip
         with engine.train_mode():
-            made = engine.train_batch(data, partial(sft_loss, config=None))
+            loss = die if dies == "step" and step == 2 else partial(sft_loss, config=None)
+            made = engine.train_batch(data, loss)
         if rank == 0:  # verl gives metrics to one rank of a sequence-parallel group
             losses.append(made["loss"] if "loss" in made else made["metrics"].get("loss"))
             norms.append(float(made["metrics"]["grad_norm"]))

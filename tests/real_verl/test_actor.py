@@ -15,8 +15,9 @@ from tiny_checkpoints import checkpoint
 pytestmark = pytest.mark.real_verl
 HERE = Path(__file__).parent
 ON = {"enable": True, "handoff": "aot_eager"}
-LAYER = {"llama": 5, "qwen3": 7, "gemma3": 9, "glm4": 7, "qwen3_moe": 6}
-"""Sites in one decoder layer: norms, two rotations and the gated MLP (experts have no plain one)."""
+LAYER = {"llama": (5, 0), "qwen3": (7, 0), "gemma3": (9, 0), "glm4": (7, 0), "qwen3_moe": (9, 1)}
+"""Sites fused and left in one decoder layer: norms, two rotations and the gated MLP; of experts the two grouped matmuls
+and the gate between them, but not the routing, in which transformers 5.10 masks rows of absent experts in place."""
 TOLERANCE = {"fp32": 64 * 2.0**-23, "bf16": 4 * 2.0**-8}
 """Relative: of means over some hundred tokens, within ten optimizer steps, in units of the dtype's step."""
 
@@ -26,7 +27,7 @@ def models(tmp_path_factory):
     return tmp_path_factory.mktemp("models")
 
 
-def start(out, model, world, fused, *arguments):
+def start(out, model, world, fused, *arguments, environment=None):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -37,19 +38,20 @@ def start(out, model, world, fused, *arguments):
     )  # fmt: skip
     command = [sys.executable, str(HERE / "actor.py"), "--model", model, "--out", str(out), *arguments]
     command += ["--fused", json.dumps({"npu_fuse": fused} if fused is not None else {})]
-    environments = [{**os.environ, **common, "RANK": str(r), "LOCAL_RANK": str(r)} for r in range(world)]
+    common = {**os.environ, **common, **(environment or {})}
+    environments = [{**common, "RANK": str(r), "LOCAL_RANK": str(r)} for r in range(world)]
     ranks = [subprocess.Popen(command, env=e, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) for e in environments]
     try:
-        return [(rank.communicate(timeout=900)[0].decode(), rank.returncode) for rank in ranks]
+        return [(rank.communicate(timeout=300)[0].decode(), rank.returncode) for rank in ranks]
     finally:
         for rank in ranks:
             rank.kill()
 
 
-def run(out, model, world, fused, *arguments):
+def run(out, model, world, fused, *arguments, environment=None):
     import torch
 
-    told = start(out, model, world, fused, *arguments)
+    told = start(out, model, world, fused, *arguments, environment=environment)
     assert all(code == 0 for _, code in told), "\n".join(text[-6000:] for text, code in told if code)
     return torch.load(out, weights_only=False)
 
@@ -88,7 +90,8 @@ def test_training_is_the_same(kind, strategy, world, dtype, more, models, tmp_pa
     same(on, off, dtype)
     assert off["moved"] > 0
     assert on["breaks"] == {}
-    assert (on["fused"], on["left"]) == (on["graphs"] * LAYER[kind], 0) and on["graphs"] >= 1, on["summary"]
+    assert (on["fused"], on["left"]) == tuple(on["graphs"] * n for n in LAYER[kind]), on["summary"]
+    assert on["graphs"] >= 1
     tables = sorted((tmp_path / "report").glob("npu_fuse_verl_actor_rank*.json"))
     assert len(tables) == world
     assert json.loads(tables[0].read_text())["totals"]["by_status"].get("fused") == on["fused"]
