@@ -57,6 +57,7 @@ def hand_off(gm, example_inputs):
         ({"glu_concat": False}, "glu_concat", False),
         ({"mc2_min_rows": 64}, "mc2_min_rows", 64),
         ({"mc2_gather": "again"}, "mc2_gather", "again"),
+        ({"moe_gating": "never"}, "moe_gating", "never"),
         ({"prove": "shadow", "shadow_calls": 2}, "shadow_calls", 2),
         ({"target": "npu", "soc": "Ascend910B3"}, "soc", "Ascend910B3"),
         ({"dump": Path("graphs")}, "dump", os.path.abspath("graphs")),
@@ -128,6 +129,7 @@ REFUSED = [
     ({"frozen_weights": None}, "frozen_weights", ["True or False"]),
     ({"mc2_min_rows": -1}, "mc2_min_rows", ["None or a whole number"]),
     ({"mc2_gather": "twice"}, "mc2_gather", ["'graph', 'keep', 'again'"]),
+    ({"moe_gating": "training"}, "moe_gating", ["'inference', 'always', 'never'"]),
     ({"glu_concat": "npu"}, "glu_concat", ["'target', True or False"]),
     ({"prove": "shadow", "shadow_calls": 0}, "shadow_calls", ["0 (int)", "above 0"]),
     ({"prove": "shadow", "shadow_calls": True}, "shadow_calls", ["True (bool)"]),
@@ -279,6 +281,7 @@ CHANGES = [
     {"glu_concat": True},
     {"mc2_min_rows": 64},
     {"mc2_gather": "again"},
+    {"moe_gating": "always"},
     {"frozen_weights": True},
     {"mode": "max-autotune"},
 ]
