@@ -183,7 +183,8 @@ def _tail(view: View, chain: Chain, tokens: Node, indices: Node) -> Block | str:
             if probs is None:
                 return "no routing weights [T, k] were found"
             add_in_place(view, chain, {n for p in chain.products for n in p.nodes}, view.position[tail[0]])
-            return Block(chain, tokens, indices, probs, user, tail=[*tail, user])
+            last = _narrowed(view, user, rows)
+            return Block(chain, tokens, indices, probs, last, tail=[*tail, user, last])
         elif name == "add" and node is chain.out and step_behind(view, chain, user):
             node = user
             continue
@@ -195,6 +196,14 @@ def _tail(view: View, chain: Chain, tokens: Node, indices: Node) -> Block | str:
         tail.append(user)
         node = user
     return "no sum over a token's experts was found"
+
+
+def _narrowed(view: View, total: Node, rows: torch.Tensor) -> Node:
+    """The sum rounded back to the rows' dtype, where nothing reads the wider one: the op rounds so itself."""
+    user = next(iter(total.users)) if len(total.users) == 1 else total
+    result = d.tensor(user)
+    back = result is not None and d.name(user) == "cast" and result.dtype == rows.dtype
+    return user if back and view.same_version(total, user) and view.scope[user] == view.scope[total] else total
 
 
 def _probs(factor: Any, indices: torch.Tensor) -> Node | None:
