@@ -108,8 +108,8 @@ def read(body: GraphModule, given: Sequence[Term]) -> Read | str:
             cells[node] = made
             if d.mutates(node) and made.given is not None:
                 written.add(made.given)
-        elif d.mutates(node):
-            return f"{d.name(node)} is computed"
+        elif d.mutates(node) or d.raw_name(node) == "_enter_autocast":
+            return f"{d.name(node).strip('_')} is computed"
     return "nothing is given back"
 
 

@@ -174,4 +174,5 @@ def feeds_product(view: View, node: Node) -> bool:
         if any((functions.is_function(u) and layers.multiplies(u)) or layers.product_at(u) for u in users):
             return True
         level = [u for u in users if u.op.startswith("call") and d.name(u) in d.MOVEMENT | {"wait_tensor", "copy"}]
+        level += [u.args[0] for u in level if d.mutates(u) and isinstance(u.args[0], Node)]  # read from then on
     return False

@@ -39,6 +39,17 @@ def near(reason: str) -> Callable[..., Any]:
     return add
 
 
+BUFFER = torch.empty(1024)
+
+
+def gather_into_a_shared_buffer(x: Any) -> Any:
+    """As Megatron's global memory buffer: all layers gather into the same memory."""
+    whole = (x.shape[0] * dist.get_world_size(), *x.shape[1:])
+    out = BUFFER[: x.numel() * dist.get_world_size()].view(whole)
+    dist.all_gather_into_tensor(out, x)
+    return out
+
+
 def half(x: Any) -> Any:
     """This rank's part of the rows."""
     return x.chunk(dist.get_world_size(), 0)[dist.get_rank()]
@@ -100,6 +111,7 @@ def sequence_parallel_layer(x, w, v, b, s):
 
 def linear_function(
     before: Any, after: Any, grad_before: Any, grad_after: Any, keep: bool = False, by_rows: bool = True,
+    grad_weight: Any = own, right: Any = own,
 ) -> Callable[..., Any]:  # fmt: skip
     """x, w, bias → after(before(x) · w + bias), with its gradient by hand, as Megatron's linear layers have it."""
 
@@ -117,10 +129,10 @@ def linear_function(
             x, w = ctx.saved_tensors
             whole = x if keep else before(x)
             grad = grad_before(grad)
-            dx = grad_after(grad.matmul(w if by_rows else w.t()))
+            dx = grad_after(grad.matmul(right(w if by_rows else w.t())))
             rows, values = grad.reshape(-1, grad.shape[-1]), whole.reshape(-1, whole.shape[-1])
             dw = rows.t().matmul(values) if by_rows else values.t().matmul(rows)
-            return dx, dw, rows.sum(dim=0) if ctx.has_bias else None
+            return dx, grad_weight(dw), rows.sum(dim=0) if ctx.has_bias else None
 
     return Made.apply
 
@@ -136,6 +148,10 @@ reducing_both_ways = linear_function(own, total, total, own)
 scattering_linear = linear_function(own, scatter_into, gather_into, own)
 halving_linear = linear_function(own, own, own, lambda g: total_(g) / 2)
 reducing_the_weights_too = linear_function(own, own, total, own)
+doubling_the_weights = linear_function(gather_into, own, own, scatter_into, grad_weight=lambda g: g * 2)
+losing_the_weights = linear_function(own, scatter_into, gather_into, own, grad_weight=lambda g: None)
+turning_the_weight = linear_function(own, own, own, total_, right=lambda w: w.t())
+gathering_in_shared_memory = linear_function(gather_into_a_shared_buffer, own, own, scatter_into)
 forgetting_the_sum = linear_function(gather_into, own, own, half)
 
 
@@ -249,10 +265,53 @@ def unsummed_gradient(x, w, v, b, s):
     return forgetting_the_sum(x, w, b).sin()
 
 
+@near("not the gradient of the product")
+def doubled_weight_gradient(x, w, v, b, s):
+    return doubling_the_weights(x, w, b).sin()
+
+
+@near("not the gradient of the product")
+def lost_weight_gradient(x, w, v, b, s):
+    return losing_the_weights(x, w, b).sin()
+
+
+@near("not the gradient of the product")
+def turned_weight(x, w, v, b, s):
+    """A square weight, whose transpose fits as well."""
+    return turning_the_weight(x, w.t() @ w, None).sin()
+
+
+@near("add is computed|autograd function")
+def given_rows_written(x, w, v, b, s):
+    return adding_first(x * 1, w).sin()
+
+
+@near("a part of a value is written")
+def gathered_in_shared_memory(x, w, v, b, s):
+    return gathering_in_shared_memory(x, w, b).sin()
+
+
 @near("several values")
 def two_results(x, w, v, b, s):
     first, second = twice(linear(x, w))
     return first.sin() + second.cos()
+
+
+class _AddingFirst(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, w):
+        x.add_(1)
+        ctx.save_for_backward(x, w)
+        return scatter_into(x.matmul(w.t()))
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, w = ctx.saved_tensors
+        whole = gather_into(grad)
+        return whole.matmul(w), flat(whole).t().matmul(flat(x))
+
+
+adding_first = _AddingFirst.apply
 
 
 class _Twice(torch.autograd.Function):

@@ -322,6 +322,14 @@ def gathered_weight(x, w, v, b, s):
     return linear(x, gather(w)).sin()
 
 
+@near("was not made for it")
+def gathered_into_a_part(x, w, v, b, s):
+    memory = x.new_empty(64 + x.numel() * 2)
+    out = memory[: x.numel() * 2].view(x.shape[0] * 2, *x.shape[1:])
+    dist.all_gather_into_tensor(out, x)
+    return linear(out, w).sin()
+
+
 @near("relu stands between the gather and the product")
 def activated_behind(x, w, v, b, s):
     return linear(gather(x).relu(), w)

@@ -50,7 +50,7 @@ def rows_scattered(x: Any, w: Any, b: Any, r: Any) -> Any:
 
 
 ONE_ROUNDING = ("functional", "DTensor")
-"""torch's own norm rounds bfloat16 once, the fused add and norm before its weight too: the norm alone is fused there."""
+"""torch's own norm rounds bfloat16 once, the fused add and norm before its weight, too: the norm is fused alone."""
 PROGRAMS = {
     "in_place": (in_place, "mm_all_reduce", 1), "functional": (functional, "mm_all_reduce", 1),
     "two_layers": (two_layers, "mm_all_reduce", 2), "rows_scattered": (rows_scattered, "mm_reduce_scatter", 1),

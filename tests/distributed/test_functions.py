@@ -17,13 +17,21 @@ TABLE = cases.Table(
 )  # fmt: skip
 
 
-def every_form(rank: int, world: int) -> cases.Found:
-    return TABLE.run(rank)
+def every_form(rank: int, world: int) -> tuple[cases.Found, list[str]]:
+    """Outcomes, and the lines of code that the report gives for the last program, a near miss."""
+    import npu_fuse
+
+    return TABLE.run(rank), [s.source or "" for r in npu_fuse.reports() for s in r.sites]
 
 
 @pytest.fixture(scope="module")
-def outcomes() -> list[cases.Found]:
+def told() -> list[tuple[cases.Found, list[str]]]:
     return ranks.run(2, every_form)
+
+
+@pytest.fixture
+def outcomes(told: Any) -> list[cases.Found]:
+    return [found for found, _ in told]
 
 
 @pytest.mark.parametrize(("name", "mode"), TABLE.cases)
@@ -37,3 +45,9 @@ def test_fused(outcomes: Any, name: str, mode: str) -> None:
 def test_left_alone(outcomes: Any, name: str) -> None:
     for found in outcomes:
         cases.is_left(found[name, ""], function_forms.NEAR[name][1])
+
+
+def test_a_miss_names_the_line(told: Any) -> None:
+    assert list(function_forms.NEAR)[-1] == "two_results"
+    for _, lines in told:
+        assert lines == ["first, second = twice(linear(x, w))"]

@@ -24,7 +24,8 @@ TABLE = cases.Table(
     inputs, FORMS, row_forms.NEAR,
     ("functional", "in_place", "scatter_rows_of_mm", "gather_linear", "gather_rows", "two_products", "layer"), (4, 6),
     ("functional", "gather_linear", "two_products"),
-    ("averaged", "largest", "operand_written", "given_buffer", "changed_behind", "weight_written"),
+    ("averaged", "largest", "operand_written", "given_buffer", "changed_behind", "weight_written",
+     "gathered_into_a_part"),
 )  # fmt: skip
 
 
