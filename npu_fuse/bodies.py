@@ -71,7 +71,7 @@ def column_sums(term: Term) -> Term:
 
 @dataclass
 class _Cell:
-    """What a piece of memory holds, whether a transposed view of it was taken, and as what it was given."""
+    """What a piece of memory holds, whether another view of it may have been taken, and as what it was given."""
 
     term: Term
     viewed: bool = False
@@ -140,7 +140,10 @@ def _step(node: Node, cells: dict[Node, _Cell]) -> _Cell | str:
         if name == "clone":
             return _Cell(cell.term)
         if name in SAME and _same_rows(before, after, cell.term):
-            return cell if before.is_contiguous() else _Cell(cell.term)
+            if before.is_contiguous():
+                return cell
+            cell.viewed = cell.viewed or name != "contiguous"  # a view or a copy: nobody may write into it
+            return _Cell(cell.term, cell.viewed)
         if _transposes(node, before):
             cell.viewed = True
             return _Cell(transposed(cell.term))

@@ -6,7 +6,7 @@ sum. Functional collectives give a new value. vLLM's op does so without a wait.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Hashable, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -150,10 +150,3 @@ def has_gradient() -> bool:
     """torch registers autograd for functional collectives from 2.13 on."""
     name = "_c10d_functional::all_reduce"
     return bool(torch._C._dispatch_has_kernel_for_dispatch_key(name, "Autograd"))
-
-
-def described(node: Node) -> Hashable:
-    """What is alike on all ranks about a collective: neither the shards' sizes nor a bias on one rank."""
-    found = d.tensor(node)
-    last = str(found.shape[-1]) if found is not None and found.dim() else ""
-    return (d.raw_name(node), operation(node), last, str(found.dtype) if found is not None else "")

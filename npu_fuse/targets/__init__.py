@@ -63,20 +63,18 @@ def target_of(options: Options, planning: bool = False) -> Target:
     """
     concat = options.glu_concat
     chosen: dict[str, Any] = {"gating": options.moe_gating, "gather": options.mc2_gather}
+    rows = MC2_MIN_ROWS if options.mc2_min_rows is None else options.mc2_min_rows
+    on_npu: dict[str, Any] = {"concatenates": concat is not False, "min_rows": rows, **chosen}
+    on_npu["models_rows"] = options.mc2_min_rows is None
     if planning and options.target == "npu" and options.soc is not None and not npu_is_loaded():
-        return Target("npu", "npu", options.soc, present=False, concatenates=concat is not False, **chosen)
+        return Target("npu", "npu", options.soc, present=False, **on_npu)
     if resolve_target(options) == "reference":
         return replace(REFERENCE, concatenates=concat is True, min_rows=options.mc2_min_rows or 0, **chosen)
     soc = options.soc
     if soc is None:
         npu: Any = torch.npu  # type: ignore[attr-defined]
         soc = str(npu.get_device_name()) if npu.is_available() else None
-    rows = MC2_MIN_ROWS if options.mc2_min_rows is None else options.mc2_min_rows
-    literal = _translates(options.handoff)
-    return Target(
-        "npu", "npu", soc, concatenates=concat is not False, names_in_graph=literal, min_rows=rows,
-        models_rows=options.mc2_min_rows is None, **chosen,
-    )  # fmt: skip
+    return Target("npu", "npu", soc, names_in_graph=_translates(options.handoff), **on_npu)
 
 
 def _translates(handoff: Any) -> bool:
