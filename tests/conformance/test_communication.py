@@ -59,7 +59,9 @@ PROGRAMS: dict[str, tuple[Callable[..., Any], dict[str, int], dict[str, int]]] =
 }  # fmt: skip
 """Programs, and what each launches in inference and in training; `summed`'s gradient is reduced plainly, which needs
 data to move through HCCL, and so it and `gathered`'s are run in inference only."""
-TRAINED = ("scattered", "layer")
+HAS_GRADIENTS = torch._C._dispatch_has_kernel_for_dispatch_key("_c10d_functional::reduce_scatter_tensor", "Autograd")
+TRAINED = ("scattered", "layer") if HAS_GRADIENTS else ()
+"""Functional collectives of torch 2.10 have no gradient, in eager mode neither."""
 HANDOFFS = ("aot_eager", "npugraph_ex")
 
 

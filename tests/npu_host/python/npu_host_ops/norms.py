@@ -1,4 +1,4 @@
-"""npu_rms_norm, its backward, npu_add_rms_norm: from aclnnRmsNorm, aclnnRmsNormGrad, aclnnAddRmsNorm."""
+"""npu_rms_norm, its backward, npu_add_rms_norm and _cast: from aclnnRmsNorm, aclnnRmsNormGrad, aclnnAddRmsNorm."""
 
 from __future__ import annotations
 
@@ -93,3 +93,15 @@ def npu_add_rms_norm(
     rstd = _rstd(z, axes, epsilon)
     y = ((z * rstd).to(x1.dtype).float() * gamma.float()).to(x1.dtype)
     return y, unwritten(rstd.shape, torch.float32) if family() == "310P" else rstd, total
+
+
+@kernel
+def npu_add_rms_norm_cast(
+    x1: torch.Tensor, x2: torch.Tensor, gamma: torch.Tensor, epsilon: float = 1e-6
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(y in float32, y, rstd, x1 + x2): what npugraph_ex makes of an npu_add_rms_norm and a cast behind it."""
+    op = "npu_add_rms_norm_cast"
+    check(op, x1.dtype in (torch.float16, torch.bfloat16), f"x1 is {x1.dtype}")
+    check(op, x1.numel() > 0, "x1 is empty")
+    y, rstd, total = npu_add_rms_norm(x1, x2, gamma, epsilon)
+    return y.float(), y, rstd, total
