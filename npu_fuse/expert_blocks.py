@@ -17,6 +17,7 @@ from torch.fx import Node
 from npu_fuse import algebra, experts
 from npu_fuse import dialect as d
 from npu_fuse.expert_rows import Chain, Product, add_in_place, continues, gathered_by, is_row_wise, step_behind
+from npu_fuse.sites import StandIn
 from npu_fuse.view import View, same_size, static
 
 GROUPED = frozenset(("grouped_mm", "grouped_mm_fallback", "grouped_matmul", "grouped_linear"))
@@ -43,6 +44,9 @@ class Block:
     tail: list[Node] = field(default_factory=list)
     dense: bool = False
     """All experts are computed for all tokens, most of them for nothing."""
+    before: tuple[Node, list[Node]] | None = None
+    """Rows are weighted before the experts, by the elementwise steps of what was scattered."""
+    stand_ins: Mapping[Node, StandIn] = field(default_factory=dict)
 
 
 def sorted_chains(view: View) -> list[Chain]:

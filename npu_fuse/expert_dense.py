@@ -14,6 +14,7 @@ from torch.fx import Node
 
 from npu_fuse import algebra
 from npu_fuse import dialect as d
+from npu_fuse.expert_before import block_of_weighted
 from npu_fuse.expert_blocks import Block
 from npu_fuse.expert_branches import routing_of
 from npu_fuse.expert_rows import ROW_WISE, Chain, Product
@@ -175,6 +176,9 @@ def _block(view: View, chain: Chain) -> Block | str:
     if isinstance(tail, str):
         return tail
     output, steps, factors = tail
+    if not factors:
+        computed = {n for p in chain.products for n in p.nodes} | chain.steps
+        return block_of_weighted(view, chain, output, steps, computed)
     root = _root(chain.slots, output)
     if root is None:
         return "the tokens that go to every expert were not found"
@@ -227,7 +231,7 @@ def _tail(chain: Chain) -> tuple[Node, list[Node], list[Node]] | str:
             shape = d.tensor(chain.out).shape  # type: ignore[union-attr]
             if value.dim() != 2 or not same_size(value.shape[1], shape[2]):
                 return "what the experts add up to is no [tokens, width]"
-            return (node, steps, factors) if factors else "the experts are added without weights"
+            return node, steps, factors
     return "no sum over the experts was found"
 
 

@@ -107,6 +107,8 @@ def block_site(view: View, name: str, block: Block, matmul: Matmul, trained: boo
     assert rows is not None and output is not None
 
     def emit(e: Emitter, env: Mapping[Node, Any]) -> Any:
+        if block.before is not None:
+            return e.cast(_of_weighted(e, env, block, matmul), output.dtype)
         made, mapping = _experts(e, env, chain, block.tokens, block.indices, matmul)
         y = e.fused("npu_moe_token_unpermute", made, mapping, env[block.probs])
         return e.cast(y, output.dtype)
@@ -122,8 +124,30 @@ def block_site(view: View, name: str, block: Block, matmul: Matmul, trained: boo
         probes={block.indices: probe}, pool=(ROWS, EXPERTS, 3, 16),
         sizes=_sizes(block.tokens, block.indices, weights, chain.count or chain.listed), ranges=ranges(block),
         facts={"kept": 0, "sums": True, "listed": chain.listed, "dense": block.dense},
-        notes=(DENSE,) if block.dense else (),
+        notes=(DENSE,) if block.dense else (), stand_ins=block.stand_ins,
     )  # fmt: skip
+
+
+def _of_weighted(e: Emitter, env: Mapping[Node, Any], block: Block, matmul: Matmul) -> Any:
+    """Slots [T·k, H] are weighted, go to their experts and come back; a token's are added."""
+    assert block.before is not None
+    scatter, steps = block.before
+    made = {scatter: env[block.probs]}
+    for node in steps:
+        args = torch.fx.node.map_arg(node.args, lambda n: made.get(n, n))
+        made[node] = e.again(node, args, torch.fx.node.map_arg(node.kwargs, lambda n: made.get(n, n)))
+    factor = made[steps[-1]] if steps else made[scatter]
+    tokens = e.call(torch.Tensor.unsqueeze, env[block.tokens], 1)
+    slots = e.call(torch.mul, tokens, e.call(torch.Tensor.unsqueeze, factor, -1))
+    given = {block.tokens: e.call(torch.Tensor.flatten, slots, 0, 1), block.indices: _flat(e, env[block.indices])}
+    rows, mapping = _experts(e, {**env, **given}, block.chain, block.tokens, block.indices, matmul)
+    if _shape(block.indices)[1] == 1:
+        return e.fused("npu_moe_token_unpermute", rows, mapping)
+    return e.fused("npu_moe_token_unpermute", rows, mapping, e.call(torch.ones_like, factor))
+
+
+def _flat(e: Emitter, indices: Any) -> Any:
+    return e.call(torch.Tensor.reshape, indices, (-1,))
 
 
 def _emit(chain: Chain, tokens: Node, indices: Node, matmul: Matmul) -> Emit:

@@ -360,6 +360,12 @@ def _repeating(args: Any, kwargs: Any, source: Any, result: Any, sizes: Sizes) -
     return (args[0], sizes.literal[repeats], *args[2:]), rest
 
 
+def _tiling(args: Any, kwargs: Any, source: Any, result: Any, sizes: Sizes) -> Any:
+    """All of it once for each of something that has shrunk (experts)."""
+    given = args[1] if len(args) == 2 and isinstance(args[1], (tuple, list)) else args[1:]
+    return (args[0], tuple(sizes.literal.get(r, r) if isinstance(r, int) else r for r in given)), kwargs
+
+
 def _selecting(args: Any, kwargs: Any, source: Any, result: Any, sizes: Sizes) -> Any:
     dim = args[1] if len(args) > 1 else kwargs.get("dim", 0)
     old, new = source.shape[dim], args[0].shape[dim]
@@ -373,7 +379,7 @@ def _selecting(args: Any, kwargs: Any, source: Any, result: Any, sizes: Sizes) -
 _FIXES: dict[str, Callable[..., Any]] = {
     "view": _view, "reshape": _view, "expand": _expand, "broadcast_to": _expand, "getitem": _index,
     "chunk": _chunking, "split": _splitting, "unsafe_split": _splitting, "unsafe_chunk": _chunking,
-    "repeat_interleave": _repeating, "tensor_split": _splitting, "slice": _selecting,
+    "repeat_interleave": _repeating, "repeat": _tiling, "tensor_split": _splitting, "slice": _selecting,
     "narrow": _selecting, "select": _selecting, "histc": _counting, "bincount": _counting_all,
     "floordiv": _dividing, "floor_divide": _dividing,
 }  # fmt: skip

@@ -79,6 +79,27 @@ def batched(how: str) -> Callable[..., torch.Tensor]:
     return run
 
 
+def weighted_before(k: int, change: str = "") -> Callable[..., torch.Tensor]:
+    """Every expert gets all tokens, those that did not choose it weighted with 0."""
+
+    def run(x: torch.Tensor, router: torch.Tensor, up: torch.Tensor, down: torch.Tensor) -> torch.Tensor:
+        logits = x @ router
+        values, chosen = torch.topk(logits, k, dim=1)
+        fill = 0.0 if change == "half for the others" else -torch.inf
+        scores = torch.full_like(logits, fill).scatter_(1, chosen, values)
+        scores = scores.to(torch.promote_types(x.dtype, torch.float32)).sigmoid().to(x.dtype)
+        if change == "normalised":
+            scores = scores / scores.sum(-1, keepdim=True)
+        rows = x.repeat(EXPERTS, 1) * scores.transpose(0, 1).reshape(-1, 1)
+        if change == "another token":
+            rows = rows.roll(1, 0)
+        gate, rise = torch.bmm(rows.view(EXPERTS, -1, WIDTH), up).chunk(2, dim=-1)
+        act = F.softplus(gate) + rise if change == "not zero at zero" else rise * F.silu(gate)
+        return torch.bmm(act, down).view(-1, WIDTH).reshape(EXPERTS, -1, WIDTH).sum(0)
+
+    return run
+
+
 def compiled(program: Callable[..., torch.Tensor], mode: Mode) -> list[Any]:
     given = {
         "x": random((TOKENS, WIDTH), mode.dtype, 1), "router": random((WIDTH, EXPERTS), mode.dtype, 2),
@@ -112,4 +133,17 @@ def test_one_product_for_all_experts(how: str, mode: Mode) -> None:
                                     "every expert", "other order"])  # fmt: skip
 def test_near_miss_is_no_block(change: str) -> None:
     reports = compiled(branches("compared", change), Mode(F32, True))
+    assert Status.FUSED not in [s.status for s in sites_of(reports, "moe_routing")], described(reports)
+
+
+@pytest.mark.parametrize("mode", MODES, ids=str)
+@pytest.mark.parametrize("k", [1, 2, EXPERTS])
+def test_weighted_before_the_experts(k: int, mode: Mode) -> None:
+    reports = compiled(weighted_before(k), mode)
+    assert [s.status for s in sites_of(reports, "moe_routing")] == [Status.FUSED], described(reports)
+
+
+@pytest.mark.parametrize("change", ["half for the others", "normalised", "another token", "not zero at zero"])
+def test_weighted_before_near_miss(change: str) -> None:
+    reports = compiled(weighted_before(2, change), Mode(F32, True))
     assert Status.FUSED not in [s.status for s in sites_of(reports, "moe_routing")], described(reports)
