@@ -51,3 +51,15 @@ def test_a_miss_names_the_line(told: Any) -> None:
     assert list(function_forms.NEAR)[-1] == "two_results"
     for _, lines in told:
         assert lines == ["first, second = twice(linear(x, w))"]
+
+
+def on_four(rank: int, world: int) -> cases.Found:
+    names = ("megatron_sequence_parallel", "megatron_tensor_parallel")
+    return cases.in_all_modes({n: function_forms.FUSED[n][0] for n in names}, lambda dtype: inputs(rank, dtype))
+
+
+def test_four_ranks() -> None:
+    for found in ranks.run(4, on_four):
+        for (name, mode), outcome in found.items():
+            _, training, inference = function_forms.FUSED[name]
+            cases.is_fused(outcome, mode, inference if mode == "inference" else training)
