@@ -15,9 +15,8 @@ from tiny_checkpoints import checkpoint
 pytestmark = pytest.mark.real_verl
 HERE = Path(__file__).parent
 ON = {"enable": True, "handoff": "aot_eager"}
-LAYER = {"llama": (5, 0), "qwen3": (7, 0), "gemma3": (9, 0), "glm4": (7, 0), "qwen3_moe": (9, 1)}
-"""Sites fused and left in one decoder layer: norms, two rotations and the gated MLP; of experts the two grouped matmuls
-and the gate between them, but not the routing, in which transformers 5.10 masks rows of absent experts in place."""
+LAYER = {"llama": 5, "qwen3": 7, "gemma3": 9, "glm4": 7, "qwen3_moe": 8}
+"""Sites in one decoder layer: norms, two rotations, the gated MLP or the experts' gate and their routing."""
 TOLERANCE = {"fp32": 64 * 2.0**-23, "bf16": 4 * 2.0**-8}
 """Relative: of means over some hundred tokens, within ten optimizer steps, in units of the dtype's step."""
 
@@ -90,7 +89,7 @@ def test_training_is_the_same(kind, strategy, world, dtype, more, models, tmp_pa
     same(on, off, dtype)
     assert off["moved"] > 0
     assert on["breaks"] == {}
-    assert (on["fused"], on["left"]) == tuple(on["graphs"] * n for n in LAYER[kind]), on["summary"]
+    assert (on["fused"], on["left"]) == (on["graphs"] * LAYER[kind], 0), on["summary"]
     assert on["graphs"] >= 1
     tables = sorted((tmp_path / "report").glob("npu_fuse_verl_actor_rank*.json"))
     assert len(tables) == world
