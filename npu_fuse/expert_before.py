@@ -6,7 +6,7 @@ at 0: the proof says so) only the chosen ones have to be computed, of rows that 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ from torch.fx import Node
 
 from npu_fuse import algebra
 from npu_fuse import dialect as d
-from npu_fuse.expert_blocks import Block
+from npu_fuse.expert_blocks import Block, tokens_of
 from npu_fuse.expert_rows import Chain, Product
 from npu_fuse.sites import StandIn
 from npu_fuse.view import View, same_size
@@ -31,15 +31,16 @@ def block_of_weighted(view: View, chain: Chain, output: Node, steps: list[Node],
     rows, result = d.tensor(output), d.tensor(product)
     if rows is None or result is None or d.name(product) != "mul" or d.mutates(product):
         return "the experts are added without weights"
+    count = tokens_of(rows)
     for tokens, factor in (d.binary(product), d.binary(product)[::-1]):
         if not isinstance(tokens, Node) or not isinstance(factor, Node):
             continue
-        more, root = _down(tokens, rows.shape[0])
+        more, root = _down(tokens, count)
         path, last = _down(factor)
         value = d.tensor(root)
-        if value is None or value.dim() != 2 or not same_size(value.shape[0], rows.shape[0]):
+        if value is None or value.dim() != 2 or not same_size(value.shape[0], count):
             continue
-        read = _scattered(last, rows.shape[0])
+        read = _scattered(last, count)
         if read is None:
             continue
         elementwise, scatter, base, indices, values = read
@@ -104,3 +105,17 @@ def _filled(base: Node, values: Node, weight: Node) -> StandIn:
     assert fill is not None
     run: Callable[..., torch.Tensor] = lambda v, w: v.new_full((v.shape[0], w.shape[0]), fill)  # noqa: E731
     return StandIn((values, weight), run, ("filled", fill))
+
+
+def bases(nodes: Iterable[Node], values: Node, weight: Node) -> dict[Node, StandIn]:
+    """Tensors [T, E] of one value that another gave its shape: of that nothing else is read."""
+    shaped = [n for n in nodes if d.name(n) in FILLED and n.op.startswith("call") and d.data_inputs(n)]
+    sizes, rows = d.tensor(weight), d.tensor(values)
+    found = {}
+    for base in shaped:
+        value = d.tensor(base)
+        if value is None or sizes is None or rows is None or value.dtype != rows.dtype or _fill(base) is None:
+            continue
+        if value.dim() == 2 and same_size(value.shape[1], sizes.shape[0]) and same_size(value.shape[0], rows.shape[0]):
+            found[base] = _filled(base, values, weight)
+    return found

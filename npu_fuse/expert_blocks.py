@@ -239,6 +239,11 @@ def _sliced(node: Node) -> bool:
     )
 
 
+def tokens_of(result: torch.Tensor) -> Any:
+    """How many rows [T, N] or [B, S, N] has."""
+    return result.shape[0] if result.dim() == 2 else result.shape[0] * result.shape[1]
+
+
 def ranges(block: Block) -> Mapping[int, tuple[Any, Any]]:
     """The literal number of slots, as tokens times experts of each."""
     shape = d.tensor(block.indices)

@@ -14,11 +14,11 @@ from torch.fx import Node
 
 from npu_fuse import algebra
 from npu_fuse import dialect as d
-from npu_fuse.expert_before import block_of_weighted
-from npu_fuse.expert_blocks import Block
+from npu_fuse.expert_before import bases, block_of_weighted
+from npu_fuse.expert_blocks import Block, tokens_of
 from npu_fuse.expert_branches import routing_of
 from npu_fuse.expert_rows import ROW_WISE, Chain, Product
-from npu_fuse.view import View, same_size
+from npu_fuse.view import View, same_size, static
 
 BEHIND = frozenset("mul sum view reshape transpose permute einsum matmul bmm squeeze unsqueeze cast contiguous".split())
 """From the last product to the sum over experts."""
@@ -189,7 +189,8 @@ def _block(view: View, chain: Chain) -> Block | str:
     inner = {n for p in chain.products for n in p.nodes} | chain.steps | set(steps) | between
     inner |= _way(chain.slots, root) | {n for g in chain.gathered for n in _way(g, chain.gathered[g])}
     inputs = tuple(dict.fromkeys((root, indices, probs, *chain.weights, *chain.gathered.values(), *chain.vectors)))
-    found = algebra.between(view, [output], inputs, lambda n: n in inner)
+    filled = bases(between, probs, chain.weights[0])
+    found = algebra.between(view, [output], (*inputs, *filled), lambda n: n in inner)
     if found.stopped is not None:
         return f"{found.stopped.name} stands in the experts' block"
     slots, chain.slots = chain.slots, root
@@ -198,7 +199,8 @@ def _block(view: View, chain: Chain) -> Block | str:
         for p in chain.products
     ]
     chain.ids = indices
-    return Block(chain, root, indices, probs, output, found.nodes, found.twins, inputs, dense=True)
+    nodes = tuple(sorted({*found.nodes, *filled}, key=view.position.__getitem__))
+    return Block(chain, root, indices, probs, output, nodes, found.twins, inputs, dense=True, stand_ins=filled)
 
 
 def _way(node: Node, end: Node) -> set[Node]:
@@ -229,8 +231,10 @@ def _tail(chain: Chain) -> tuple[Node, list[Node], list[Node]] | str:
         node = user
         if not same_size(value.numel(), before.numel()):
             shape = d.tensor(chain.out).shape  # type: ignore[union-attr]
-            if value.dim() != 2 or not same_size(value.shape[1], shape[2]):
+            if value.dim() not in (2, 3) or not same_size(value.shape[-1], shape[2]):
                 return "what the experts add up to is no [tokens, width]"
+            if value.dim() == 3 and all(static(s) is None for s in value.shape[:2]):
+                return "the experts add up to [batch, sequence, width] of two unknown sizes"
             return node, steps, factors
     return "no sum over the experts was found"
 
@@ -250,7 +254,7 @@ def _root(slots: Node, output: Node) -> Node | None:
     node: Any = slots
     while isinstance(node, Node) and rows is not None:
         value = d.tensor(node)
-        if value is not None and value.dim() == 2 and same_size(value.shape[0], rows.shape[0]):
+        if value is not None and value.dim() == 2 and same_size(value.shape[0], tokens_of(rows)):
             return node
         if not node.op.startswith("call") or not d.moves(node) or not node.args:
             return None

@@ -15,7 +15,7 @@ from npu_fuse.emit import Emitter, item
 from npu_fuse.expert_blocks import Block, ranges
 from npu_fuse.expert_rows import Chain, Product
 from npu_fuse.sites import Emit, Form, Miss, Site
-from npu_fuse.view import View, same_size
+from npu_fuse.view import View, same_size, static
 
 DENSE = "experts of weight zero are not computed: where one of them overflowed, the code gave NaN for the token"
 ROWS, EXPERTS, ALIGNED = 96, 6, (16, 8)
@@ -108,10 +108,11 @@ def block_site(view: View, name: str, block: Block, matmul: Matmul, trained: boo
 
     def emit(e: Emitter, env: Mapping[Node, Any]) -> Any:
         if block.before is not None:
-            return e.cast(_of_weighted(e, env, block, matmul), output.dtype)
-        made, mapping = _experts(e, env, chain, block.tokens, block.indices, matmul)
-        y = e.fused("npu_moe_token_unpermute", made, mapping, env[block.probs])
-        return e.cast(y, output.dtype)
+            y = _of_weighted(e, env, block, matmul)
+        else:
+            made, mapping = _experts(e, env, chain, block.tokens, block.indices, matmul)
+            y = e.fused("npu_moe_token_unpermute", made, mapping, env[block.probs])
+        return e.cast(_in_batches(e, y, output), output.dtype)
 
     weights = chain.weights
     number = chain.count or chain.listed or _shape(weights[0])[0]
@@ -122,10 +123,30 @@ def block_site(view: View, name: str, block: Block, matmul: Matmul, trained: boo
         name, block.output, block.inputs, block.nodes, (Form("permute and unpermute", emit, (trained,)),),
         chain.products[0].out, params, twins=block.twins,
         probes={block.indices: probe}, pool=(ROWS, EXPERTS, 3, 16),
-        sizes=_sizes(block.tokens, block.indices, weights, chain.count or chain.listed), ranges=ranges(block),
+        sizes=_sizes(block.tokens, block.indices, weights, chain.count or chain.listed) | _batch_sizes(output),
+        ranges=ranges(block),
         facts={"kept": 0, "sums": True, "listed": chain.listed, "dense": block.dense},
         notes=(DENSE,) if block.dense else (), stand_ins=block.stand_ins,
     )  # fmt: skip
+
+
+def _in_batches(e: Emitter, y: Any, output: torch.Tensor) -> Any:
+    """[T, N] as [B, S, N] where the code has it so; one of B and S is known."""
+    if output.dim() == 2:
+        return y
+    batch, length, width = output.shape
+    known = static(length) is not None
+    shape = (-1, e.size(length, y), e.size(width, y)) if known else (e.size(batch, y), -1, e.size(width, y))
+    return e.call(torch.Tensor.reshape, y, shape)
+
+
+def _batch_sizes(output: torch.Tensor) -> dict[int, int]:
+    """Fewer tokens are as many batches of shorter sequences."""
+    batch, length = output.shape[0], output.shape[1]
+    if output.dim() == 2 or not isinstance(batch, int) or not isinstance(length, int) or batch * length <= ROWS:
+        return {}
+    short = max(1, ROWS // batch)
+    return {length: short, batch * length: batch * short}
 
 
 def _of_weighted(e: Emitter, env: Mapping[Node, Any], block: Block, matmul: Matmul) -> Any:

@@ -100,9 +100,25 @@ def weighted_before(k: int, change: str = "") -> Callable[..., torch.Tensor]:
     return run
 
 
-def compiled(program: Callable[..., torch.Tensor], mode: Mode) -> list[Any]:
+def in_batches(change: str = "") -> Callable[..., torch.Tensor]:
+    """Results [E, B, S, H] weighted and added, as GPT-OSS was trained with."""
+
+    def run(x: torch.Tensor, router: torch.Tensor, up: torch.Tensor, down: torch.Tensor) -> torch.Tensor:
+        logits = x @ router
+        weights, chosen = torch.topk(logits, K, dim=-1)
+        r = torch.zeros_like(logits).scatter_(1, chosen, weights.softmax(1))
+        rows = x.repeat(EXPERTS, 1).view(EXPERTS, -1, WIDTH)
+        gate, rise = torch.bmm(rows, up).chunk(2, dim=-1)
+        y = torch.bmm((rise + 1) * F.silu(gate), down).view(EXPERTS, 2, -1, WIDTH)
+        r = r.roll(1, 1) if change == "another expert" else r.roll(1, 0) if change == "another token" else r
+        return (y * r.transpose(0, 1).view(EXPERTS, 2, -1)[..., None]).sum(dim=0)
+
+    return run
+
+
+def compiled(program: Callable[..., torch.Tensor], mode: Mode, tokens: int = TOKENS) -> list[Any]:
     given = {
-        "x": random((TOKENS, WIDTH), mode.dtype, 1), "router": random((WIDTH, EXPERTS), mode.dtype, 2),
+        "x": random((tokens, WIDTH), mode.dtype, 1), "router": random((WIDTH, EXPERTS), mode.dtype, 2),
         "up": random((EXPERTS, WIDTH, 2 * INNER), mode.dtype, 3, 0.3),
         "down": random((EXPERTS, INNER, WIDTH), mode.dtype, 4, 0.3),
     }  # fmt: skip
@@ -146,4 +162,17 @@ def test_weighted_before_the_experts(k: int, mode: Mode) -> None:
 @pytest.mark.parametrize("change", ["half for the others", "normalised", "another token", "not zero at zero"])
 def test_weighted_before_near_miss(change: str) -> None:
     reports = compiled(weighted_before(2, change), Mode(F32, True))
+    assert Status.FUSED not in [s.status for s in sites_of(reports, "moe_routing")], described(reports)
+
+
+@pytest.mark.parametrize("mode", MODES, ids=str)
+@pytest.mark.parametrize("tokens", [TOKENS, 256])
+def test_results_in_batches(tokens: int, mode: Mode) -> None:
+    reports = compiled(in_batches(), mode, tokens)
+    assert [s.status for s in sites_of(reports, "moe_routing")] == [Status.FUSED], described(reports)
+
+
+@pytest.mark.parametrize("change", ["another expert", "another token"])
+def test_results_in_batches_near_miss(change: str) -> None:
+    reports = compiled(in_batches(change), Mode(F32, True))
     assert Status.FUSED not in [s.status for s in sites_of(reports, "moe_routing")], described(reports)
