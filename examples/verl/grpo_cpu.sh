@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # A whole GRPO loop on a CPU: FSDP2 actor and reference, vLLM rollout with weight sync, reward by rule.
-# FOLDER holds model/, train.parquet and reward.py (tests/real_verl/loop_files.py makes them); tests/real_verl is on
-# PYTHONPATH, with a platform for CPUs and what verl and vLLM need from outside to run on one. SWITCH=False is without
-# npu_fuse. Further overrides go at the end.
+# FOLDER holds model/, train.parquet and reward.py (tests/real_verl/loop_files.py makes them); tests/real_verl and
+# tests/real_verl/plugin are on PYTHONPATH, with a platform for CPUs and what verl and vLLM need from outside to run on
+# one. SWITCH=False is without npu_fuse. Further overrides go at the end.
 set -euo pipefail
 
 export VERL_PLATFORM=cpu VERL_USE_EXTERNAL_MODULES=cpu_platform VERL_ENGINE_DEVICE=npu VERL_ENGINE_VENDOR=huawei
