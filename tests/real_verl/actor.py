@@ -152,14 +152,15 @@ def main():
     state = list(engine.module.state_dict())  # FSDP1 gathers for it: on every rank
     entries = torch._dynamo.utils.counters["graph_break"]
     compiler = getattr(engine, "npu_fuse_blocks", None)
+    graphs = compiler.graphs if compiler else []
     if rank == 0:
         torch.save(
             {
                 "losses": losses, "norms": norms, "moved": moved.item() ** 0.5, "names": names, "breaks": dict(entries),
                 "state": state, "summary": compiler.summary() if compiler else "",
-                "fused": sum(g.count(Status.FUSED) for g in compiler.graphs) if compiler else 0,
-                "left": sum(len(g.sites) - g.count(Status.FUSED) for g in compiler.graphs) if compiler else 0,
-                "graphs": len(compiler.graphs) if compiler else 0,
+                "fused": sum(g.count(Status.FUSED) for g in graphs),
+                "left": sum(len(g.sites) - g.count(Status.FUSED) - g.count(Status.SKIPPED) for g in graphs),
+                "graphs": len(graphs),
                 "weights": {name: value.detach().clone() for name, value in weights.items()},
             },
             given.out,
