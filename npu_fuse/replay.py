@@ -300,6 +300,8 @@ def _consumed_before(items: list[Any], marker: Any) -> int:
 def _cover(item: Any, old: Any, new: int) -> Any:
     if isinstance(old, torch.SymInt) or old == new:
         return item
+    if isinstance(item, torch.Tensor) and item.dtype in (torch.int32, torch.int64):
+        return item  # computed on the way: a row that is not there fails when it is read
     if isinstance(item, slice) and item.step in (None, 1) and item.start in (None, 0):
         if item.stop is None or item.stop >= old:
             return slice(None)

@@ -141,7 +141,7 @@ def test_block(act: str, mode: Mode) -> None:
 
 
 @pytest.mark.parametrize("mode", MODES[1:3], ids=str)
-@pytest.mark.parametrize(("k", "tokens"), [(1, 16), (EXPERTS, 16), (2, 1), (3, 7), (5, 30)])
+@pytest.mark.parametrize(("k", "tokens"), [(1, 16), (EXPERTS, 16), (2, 1), (3, 7), (5, 30), (2, 256)])
 def test_sizes(k: int, tokens: int, mode: Mode) -> None:
     check(lambda g: block(g, k), inputs(mode.dtype, tokens=tokens, k=k), mode)
 
