@@ -50,6 +50,7 @@ def actor(kind: str, checkpoint: Path, dtype: str, tokens: int, handoff: str) ->
             return ours.recv()
 
         try:
+            ours.recv()  # one after the other: their imports take a core each
             yield ask
         finally:
             ours.close()
@@ -58,12 +59,14 @@ def actor(kind: str, checkpoint: Path, dtype: str, tokens: int, handoff: str) ->
 
 
 def _serve(pipe: Any, kind: str, checkpoint: str, dtype: str, tokens: int, handoff: str, folder: str) -> None:
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # verl prints, and the result may be JSON
     torch.set_num_threads(1)
     torch.manual_seed(0)
     torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=0, world_size=1)
     engine = _engine(kind, checkpoint, dtype, handoff)
     handlers = {"update": partial(_update, engine, tokens), "peak": partial(_peak, engine, tokens),
                 "facts": partial(_facts, engine)}  # fmt: skip
+    pipe.send("ready")
     while True:
         try:
             name, *given = pipe.recv()

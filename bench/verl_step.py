@@ -7,7 +7,8 @@ Needs verl (the environment of `nox -s real_verl`). Each kind is an actor in a p
 in an order that is drawn anew for each round, on the same tokens. "Plain" compiles the same blocks by the hand-off
 alone, "again" is plain once more: what equal code differs by here. Times are CPU seconds, compilers' included; the
 ratio is plain's time over the other's, the median over rounds with its 95 % bootstrap interval. Compiling is what the
-first updates take above the median of later ones. The peak is of tensors within one update, weights not included.
+first updates take above the median of later ones; "own" of it are npu_fuse's steps: recognise, prove, lower. The peak
+is of tensors within one update, weights not included.
 """
 
 from __future__ import annotations
@@ -99,19 +100,18 @@ def judged(kind: str, first: list[tuple[float, float]], times: Any, updates: int
 def _table(rows: list[dict[str, Any]], setting: dict[str, Any]) -> Table:
     title = "{model}, width {width}, {layers} layers, {dtype}, hand-off {handoff}".format(**setting)
     table = Table(title=f"One update of verl's actor: {title}")
-    share = f"of {setting['updates']} updates"
-    columns = ("kind", "update s", "eager / it", "plain / it", "interval", "peak MB", "compiling s", share,
-               "npu_fuse s", "sites", "")  # fmt: skip
+    share = f"of {setting['updates']}"
+    columns = ("kind", "update", "eager/it", "plain/it", "interval", "peak MB", "compile", share, "own", "sites", "")
     for column in columns:
         table.add_column(column, justify="left" if column in ("kind", "") else "right")
     plain = next(row for row in rows if row["kind"] == "plain")
     for row in rows:
         low, high = row["interval"]
         met = row["ratio"] >= TARGET and row["peak"] <= plain["peak"]
-        seconds = f"{row['compiling']:.1f}", f"{row['share']:.1%}", f"{row['own']:.2f}"
+        seconds = f"{row['compiling']:.0f} s", f"{row['share']:.0%}", f"{row['own']:.2f} s"
         ratios = f"{row['to_eager']:.3f}", f"{row['ratio']:.3f}", f"{low:.3f}–{high:.3f}"
         marked = common.mark(met) if row["kind"] == "fused" else ""
-        update, peak = f"{row['update']:.3f}", f"{row['peak'] / 1e6:.1f}"
+        update, peak = f"{row['update']:.3f} s", f"{row['peak'] / 1e6:.1f}"
         table.add_row(row["kind"], update, *ratios, peak, *seconds, str(row["sites"]), marked)
     return table
 
