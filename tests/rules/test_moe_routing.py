@@ -141,9 +141,15 @@ def test_block(act: str, mode: Mode) -> None:
 
 
 @pytest.mark.parametrize("mode", MODES[1:3], ids=str)
-@pytest.mark.parametrize(("k", "tokens"), [(1, 16), (EXPERTS, 16), (2, 1), (3, 7), (5, 30), (2, 256)])
+@pytest.mark.parametrize(("k", "tokens"), [(1, 16), (EXPERTS, 16), (2, 1), (3, 7), (5, 30)])
 def test_sizes(k: int, tokens: int, mode: Mode) -> None:
     check(lambda g: block(g, k), inputs(mode.dtype, tokens=tokens, k=k), mode)
+
+
+@pytest.mark.parametrize("train", [False, True])
+def test_more_tokens_than_a_probe_has(train: bool) -> None:
+    """Rows are gathered by indices that fit fewer of them as well."""
+    check(block, inputs(F32, tokens=256), Mode(F32, train))
 
 
 @pytest.mark.parametrize("mode", MODES, ids=str)
