@@ -128,7 +128,7 @@ def _unmasked(view: View, node: Node) -> tuple[Node, Node, float] | None:
         return None
     name = d.name(node)
     if name == "masked_fill":
-        scores, mask, fill = node.args[0], d.operand(node, 1, "mask"), d.operand(node, 2, "value")
+        scores, mask, fill = d.unary(node), d.operand(node, 1, "mask"), d.operand(node, 2, "value")
     elif name == "where" and len(node.args) == 3:
         mask, scores, fill = node.args
         if d.constant(scores) is not None:

@@ -63,7 +63,7 @@ def _router(view: View, top: Node) -> Router | str | None:
         return f"the experts are chosen along dimension {d.operand(top, 2, 'dim', -1)}, not the last"
     if d.operand(top, 3, "largest", True) is not True:
         return "the smallest scores are chosen"
-    parts = {u.args[1]: u for u in top.users if d.name(u) == "getitem"}
+    parts = {u.args[1]: u for u in top.users if d.name(u) == "getitem" and isinstance(u.args[1], int)}
     if len(parts) != len(top.users) or 1 not in parts:
         return None
     ids = parts[1]
