@@ -53,7 +53,7 @@ def actor(kind: str, checkpoint: Path, dtype: str, tokens: int, handoff: str) ->
             ours.recv()  # one after the other: their imports take a core each
             yield ask
         finally:
-            ours.close()
+            ours.send(("stop",))
             child.join(timeout=30)
             child.kill()
 
@@ -67,11 +67,7 @@ def _serve(pipe: Any, kind: str, checkpoint: str, dtype: str, tokens: int, hando
     handlers = {"update": partial(_update, engine, tokens), "peak": partial(_peak, engine, tokens),
                 "facts": partial(_facts, engine)}  # fmt: skip
     pipe.send("ready")
-    while True:
-        try:
-            name, *given = pipe.recv()
-        except EOFError:
-            break
+    for name, *given in iter(pipe.recv, ("stop",)):
         pipe.send(handlers[name](*given))
     torch.distributed.destroy_process_group()
 
