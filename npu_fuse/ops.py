@@ -77,6 +77,12 @@ def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+def sigmoid(z: torch.Tensor) -> torch.Tensor:
+    """sigmoid(z); where it is derived again (`create_graph`), in a form whose slope is not s · (1 - s): that one has
+    lost its digits for large z."""
+    return torch.exp(torch.nn.functional.logsigmoid(z)) if torch.is_grad_enabled() else torch.sigmoid(z)
+
+
 def silu_slope(z: torch.Tensor, sigmoid: torch.Tensor) -> torch.Tensor:
     """The derivative of z · sigmoid(z), `sigmoid` being sigmoid(z); 1 - sigmoid(z) has lost its digits for large z."""
     return sigmoid * (1 + z * torch.sigmoid(-z))

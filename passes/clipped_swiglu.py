@@ -35,7 +35,7 @@ def _apart_backward_op(
     dtype = ops.compute_dtype(gate.dtype)
     wide, g0, u0 = dy.to(dtype), gate.to(dtype), up.to(dtype)
     a, b = g0.clamp(max=limit), u0.clamp(-limit, limit)
-    s = torch.sigmoid(alpha * a)
+    s = ops.sigmoid(alpha * a)
     dgate = wide * (b + bias) * ops.silu_slope(alpha * a, s) * (g0 <= limit)
     dup = wide * a * s * ((u0 >= -limit) & (u0 <= limit))
     return dgate.to(gate.dtype), dup.to(up.dtype)

@@ -34,7 +34,7 @@ def _forward(x: torch.Tensor) -> torch.Tensor:
 
 def _backward_op(dy: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
     wide = x.to(ops.compute_dtype(x.dtype))
-    s = torch.sigmoid(ALPHA * wide)
+    s = ops.sigmoid(ALPHA * wide)
     return (dy.to(wide.dtype) * ops.silu_slope(ALPHA * wide, s)).to(x.dtype)
 
 

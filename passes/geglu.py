@@ -36,7 +36,7 @@ def _gelu_slope(x: torch.Tensor, approximate: int) -> torch.Tensor:
         scale = math.sqrt(2.0 / math.pi)
         # 0.5 · (1 + tanh z) is sigmoid(2 z), whose slope keeps its digits where 1 - tanh² has none left.
         z = 2 * scale * (x + 0.044715 * x * x * x)
-        s = torch.sigmoid(z)
+        s = ops.sigmoid(z)
         return s + x * s * torch.sigmoid(-z) * 2 * scale * (1 + 3 * 0.044715 * x * x)
     normal = torch.exp(-0.5 * x * x) / math.sqrt(2.0 * math.pi)
     return 0.5 * (1 + torch.erf(x / math.sqrt(2.0))) + x * normal

@@ -32,7 +32,7 @@ def _apart(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
 def _apart_backward_op(dy: torch.Tensor, gate: torch.Tensor, up: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     dtype = ops.compute_dtype(gate.dtype)
     wide, a, b = dy.to(dtype), gate.to(dtype), up.to(dtype)
-    s = torch.sigmoid(a)
+    s = ops.sigmoid(a)
     return (wide * b * ops.silu_slope(a, s)).to(gate.dtype), (wide * a * s).to(up.dtype)
 
 

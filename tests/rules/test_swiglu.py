@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
 from . import near, parts_gates
 from .helpers import MODES, NEAR_MODES, assert_one_fused, modes_of, through_torch_compile
@@ -29,3 +30,17 @@ def test_near_miss_of_any_gate_changes_nothing(miss, mode):
 @pytest.mark.parametrize("mode", [m for m in MODES if m not in NEAR_MODES], ids=str)
 def test_near_miss_of_any_gate_changes_nothing_in_the_other_modes(miss, mode):
     near.check(miss, mode, parts_gates.inputs)
+
+
+@pytest.mark.parametrize("op", ["npu_swiglu", "clipped_swiglu"])
+def test_second_derivatives_of_large_gates_keep_their_digits(op):
+    """1 - sigmoid(12) is 6e-6 in float32, to two digits."""
+
+    def second(dtype):
+        x = torch.cat((torch.linspace(9, 14, 6), torch.linspace(-1, 1, 6))).to(dtype).unsqueeze(0).requires_grad_()
+        settings = (-1,) if op == "npu_swiglu" else (1.0, 1e3, 0.0, False)
+        y = getattr(torch.ops.npu_fuse, op)(x, *settings)
+        (dx,) = torch.autograd.grad(y.sum(), x, create_graph=True)
+        return torch.autograd.grad(dx[:, :6].sum(), x)[0][:, :6]
+
+    torch.testing.assert_close(second(torch.float32).double(), second(torch.float64), rtol=1e-5, atol=0.0)
