@@ -12,7 +12,7 @@ from pathlib import Path
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
-LIMIT = 900
+LIMIT = 1800
 PRECISION = "{param_dtype:fp32,reduce_dtype:fp32,buffer_dtype:fp32}"
 ALIKE = (
     "actor_rollout_ref.model.external_lib=[npu_fuse.integrations.verl,cpu_offload,seeded_loop]",
