@@ -15,6 +15,9 @@ from typing import Any
 from npu_fuse import merged
 from npu_fuse.report import GraphReport, reports
 
+HANDOFFS = ("vllm", "npugraph_ex")
+"""Who gets the graphs that the pass has fused."""
+
 logger = logging.getLogger("vllm.npu_fuse")
 """Below vLLM's logger, which has a handler and the level INFO; npu_fuse's own has neither in a worker."""
 
@@ -39,7 +42,7 @@ def watch(enabled: Callable[[Any], Any]) -> None:
 
         def compile_or_warm_up_model(*given: Any, **named: Any) -> Any:
             result = warm_up(*given, **named)
-            graphs = [report for report in reports()[before:] if report.handoff == "vllm"]
+            graphs = [report for report in reports()[before:] if report.handoff in HANDOFFS]
             tell(worker.vllm_config, worker.rank, graphs, fuse.chosen().report_dir)
             return result
 

@@ -143,6 +143,16 @@ def test_the_pass_manager_of_ascend(kind, implementation, dtype, fused, models, 
     assert found == {**fused, "norm": NORMS[kind]} and set(statuses) == {"fused"}
 
 
+def test_two_ranks(models, tmp_path):
+    """Tensor parallelism: each worker fuses its own graph and tells of it."""
+    arguments = {"dtype": "float32", "tensor_parallel_size": 2}
+    runs = [run(arguments), run({**arguments, **with_pass(STOCK)}, **options(tmp_path))]
+    made = engines(tmp_path, checkpoint("llama", models), runs, "--processes", VLLM_CPU_OMP_THREADS_BIND="0|1")
+    assert len(made.engines) == 2, made.log[-6000:]
+    same(made.engines[1], made.engines[0], "float32")
+    assert [sites(tmp_path, rank) for rank in (0, 1)] == [({**LLAMA, "norm": NORMS["llama"]}, {"fused": 11})] * 2
+
+
 def test_before_npugraph_ex_where_no_pass_manager_runs(models, tmp_path):
     """vllm-ascend's compiler with cudagraph_mode FULL: Dynamo's graph is fused before it is handed on."""
     arguments = {"dtype": "float32", "model_impl": "transformers"}
