@@ -43,11 +43,10 @@ class Router:
 def routers(view: View) -> list[tuple[Node, Router | str]]:
     """Every top-k that routes, with what was read or why it is none that a fused op computes."""
     found: list[tuple[Node, Router | str]] = []
-    for node in view.nodes:
-        if node.op.startswith("call") and d.name(node) == "topk" and node not in view.claimed:
-            read = _router(view, node)
-            if read is not None:
-                found.append((node, read))
+    for node in view.named("topk"):
+        read = _router(view, node) if node not in view.claimed else None
+        if read is not None:
+            found.append((node, read))
     return found
 
 

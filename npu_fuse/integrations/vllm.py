@@ -117,9 +117,8 @@ def _fuse(
     from npu_fuse.backend import plan
     from npu_fuse.report import keep
 
-    report = plan(
-        module, example_inputs, options, False, target, aten=aten, together=True
-    )  # every worker compiles this
+    # Every worker compiles this.
+    report = plan(module, example_inputs, options, False, target, aten=aten, together=True)
     report = replace(report, handoff=handoff, dynamic=_is_dynamic(module.graph))
     keep(report)
     announce(report, replace(options, report_dir=None))  # workers write one table of all graphs

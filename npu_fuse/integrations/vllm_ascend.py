@@ -10,11 +10,8 @@ from __future__ import annotations
 
 import functools
 import importlib
-import logging
 from collections.abc import Callable
 from typing import Any
-
-logger = logging.getLogger("npu_fuse")
 
 FUNCTION = "npugraph_ex_compile"
 PassOf = Callable[[Any], Any]
