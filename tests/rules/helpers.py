@@ -18,7 +18,10 @@ import torch._dynamo.guards
 import npu_fuse
 from npu_fuse.backend import is_training, plan
 from npu_fuse.options import Options
+from npu_fuse.passes import RULES
 from npu_fuse.report import GraphReport, SiteReport, Status
+from npu_fuse.sites import Site
+from npu_fuse.view import view_of
 
 from .programs import Program
 
@@ -285,6 +288,20 @@ def planned(program: Program, mode: Mode) -> tuple[Callable[..., Any], list[Grap
 
     made = torch.compile(program.function(), backend=rewrite, dynamic=mode.all_dynamic or None)
     return _marked(made) if mode.dynamic else made, reports
+
+
+def recognised(rule_name: str, program: Callable[..., Any], inputs: Inputs, train: bool) -> Site:
+    """The first site that the rule finds in the program's graph: neither proved nor lowered."""
+    found: list[Site] = []
+
+    def keep(gm: torch.fx.GraphModule, _: Any) -> Any:
+        rule = next(r for r in RULES if r.name == rule_name)
+        found.extend(s for s in rule.recognise(view_of(gm.graph)) if isinstance(s, Site))
+        return gm.forward
+
+    with fresh():
+        call(torch.compile(program, backend=keep), inputs, train)
+    return found[0]
 
 
 def sites(reports: Sequence[GraphReport], op: str | None = None) -> list[SiteReport]:

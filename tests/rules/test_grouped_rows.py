@@ -11,11 +11,9 @@ import torch.nn.functional as F
 
 import npu_fuse
 from npu_fuse.emit import RunEmitter
-from npu_fuse.passes import RULES
 from npu_fuse.prove import prove
 from npu_fuse.report import Status
 from npu_fuse.sites import Form, Site
-from npu_fuse.view import view_of
 
 from .helpers import (
     BF16,
@@ -29,6 +27,7 @@ from .helpers import (
     described,
     fresh,
     random,
+    recognised,
     widened,
 )
 from .helpers import sites as sites_of
@@ -201,16 +200,7 @@ def test_gates_between_the_experts_are_fused_next(act: str) -> None:
 
 
 def site(bias: str = "") -> Site:
-    found: list[Site] = []
-
-    def keep(gm: torch.fx.GraphModule, _: Any) -> Any:
-        rule = next(r for r in RULES if r.name == "moe_routing")
-        found.extend(s for s in rule.recognise(view_of(gm.graph)) if isinstance(s, Site))
-        return gm.forward
-
-    with fresh():
-        call(torch.compile(block("relu2", bias=bias), backend=keep), inputs(F32, "relu2"), True)
-    return found[0]
+    return recognised("moe_routing", block("relu2", bias=bias), inputs(F32, "relu2"), True)
 
 
 def _twice(indices: torch.Tensor) -> torch.Tensor:

@@ -16,7 +16,6 @@ from npu_fuse.prove import prove
 from npu_fuse.report import GraphReport, Status
 from npu_fuse.sites import Form, Site
 from npu_fuse.targets import Target
-from npu_fuse.view import view_of
 
 from .helpers import (
     BF16,
@@ -30,6 +29,7 @@ from .helpers import (
     compare_outcomes,
     described,
     fresh,
+    recognised,
     sites,
     widened,
 )
@@ -203,16 +203,7 @@ def test_experts_are_found_behind_the_op() -> None:
 
 
 def site(name: str) -> Site:
-    kept: list[Site] = []
-
-    def keep(gm: torch.fx.GraphModule, _: Any) -> Any:
-        rule = next(r for r in RULES if r.name == "moe_gating")
-        kept.extend(s for s in rule.recognise(view_of(gm.graph)) if isinstance(s, Site))
-        return gm.forward
-
-    with fresh():
-        call(torch.compile(dense(SPELLINGS[name]), backend=keep), inputs(F32), False)
-    return kept[0]
+    return recognised("moe_gating", dense(SPELLINGS[name]), inputs(F32), False)
 
 
 class Wrong(RunEmitter):

@@ -12,11 +12,9 @@ from torch.utils.checkpoint import checkpoint
 
 import npu_fuse
 from npu_fuse.emit import RunEmitter
-from npu_fuse.passes import RULES
 from npu_fuse.prove import prove
 from npu_fuse.report import Status
 from npu_fuse.sites import Form, Site
-from npu_fuse.view import view_of
 
 from .helpers import (
     BF16,
@@ -30,6 +28,7 @@ from .helpers import (
     described,
     fresh,
     random,
+    recognised,
     sites,
     widened,
 )  # fmt: skip
@@ -191,17 +190,7 @@ def test_near_miss_is_no_block(change: str, mode: Mode) -> None:
 
 
 def site() -> Site:
-    found: list[Site] = []
-
-    def keep(gm: torch.fx.GraphModule, _: Any) -> Any:
-        rule = next(r for r in RULES if r.name == "moe_routing")
-        found.extend(s for s in rule.recognise(view_of(gm.graph)) if isinstance(s, Site))
-        return gm.forward
-
-    with fresh():
-        made = block(SPELLINGS["fallback"][0], act="relu2")
-        call(torch.compile(made, backend=keep), inputs(F32, "relu2"), True)
-    return found[0]
+    return recognised("moe_routing", block(SPELLINGS["fallback"][0], act="relu2"), inputs(F32, "relu2"), True)
 
 
 MUTANTS: dict[str, Callable[..., tuple[Any, ...]]] = {
