@@ -14,6 +14,7 @@ import torch
 from torch.fx import GraphModule
 
 from npu_fuse import ops
+from npu_fuse.aliasing import hands_input_back, unblamed_first_call
 from npu_fuse.errors import OptionError
 from npu_fuse.handoff_choice import Handoff, choose
 from npu_fuse.option_checks import check_mode
@@ -33,12 +34,15 @@ def hand_off(gm: GraphModule, example_inputs: Sequence[Any], options: Options, t
     chosen = choose(options, target, training)
     name = chosen.name
     check_mode(name, options.mode)
+    holds_one = hands_input_back(gm)  # some hand-offs change the graph
     with _tagged(options.cache_tag()):
         if callable(options.handoff):
-            return options.handoff(gm, list(example_inputs), **dict(options.handoff_options))
-        if name == "inductor":
-            return _inductor(gm, example_inputs, options)
-        return _registered(name)(gm, example_inputs, **_keywords(chosen, options))
+            compiled = options.handoff(gm, list(example_inputs), **dict(options.handoff_options))
+        elif name == "inductor":
+            compiled = _inductor(gm, example_inputs, options)
+        else:
+            compiled = _registered(name)(gm, example_inputs, **_keywords(chosen, options))
+    return unblamed_first_call(compiled) if holds_one else compiled
 
 
 def _inductor(gm: GraphModule, example_inputs: Sequence[Any], options: Options) -> Any:
