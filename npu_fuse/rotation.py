@@ -17,7 +17,7 @@ from npu_fuse.regions import Region
 from npu_fuse.replay import ATTEMPTS, CannotShrink, choose_sizes
 from npu_fuse.rotation_tables import Table, tables
 from npu_fuse.sites import Form, Site
-from npu_fuse.trace import Tracer, Untraceable, trace
+from npu_fuse.trace import Tracer, Untraceable, sums_many, trace
 from npu_fuse.view import View, static
 
 MAX_ELEMENTS, MAX_WIDTH = 1 << 16, 2048
@@ -154,7 +154,7 @@ def _read_at(
             if width < 2 or width % 2 or width > MAX_WIDTH:
                 return ""
             shapes = {n: sizes.shape(t.shape) for n in inputs if (t := d.tensor(n)) is not None}
-            if sum(torch.Size(s).numel() for s in shapes.values()) > MAX_ELEMENTS:
+            if sum(torch.Size(s).numel() for s in shapes.values()) > MAX_ELEMENTS or sums_many(cut, sizes):
                 return ""
             x_ids = tracer.leaf(next(shapes[n] for n in inputs if n in same))
             env: dict[Node, Any] = {}

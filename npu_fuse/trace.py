@@ -144,6 +144,19 @@ def _product(p: Polynomial, q: Polynomial) -> Polynomial:
     return kept
 
 
+def sums_many(nodes: Sequence[Node], sizes: Sizes) -> bool:
+    """Whether a sum is over more elements than a polynomial has terms: seen before products are formed."""
+    for node in nodes:
+        value = d.tensor(node.args[0]) if d.name(node) == "sum" and isinstance(node.args[0], Node) else None
+        if value is None:
+            continue
+        dims: Any = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim")
+        dims = (dims,) if isinstance(dims, int) else tuple(dims or ())
+        if len(dims) != 1 or sizes.of(value.shape[dims[0]]) > MAX_TERMS:
+            return True
+    return False
+
+
 def trace(nodes: Sequence[Node], env: Mapping[Node, Any], sizes: Sizes, tracer: Tracer) -> dict[Node, Any]:
     """Ids of every element of every node, from the ids of the leaves in `env`."""
     return replay(nodes, dict(env), sizes, lambda node, args, kwargs: _apply(tracer, node, args, kwargs))
