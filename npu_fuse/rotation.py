@@ -63,6 +63,17 @@ def turn_of(view: View, region: Region, x: Node) -> Turn | str:
     return _materialised(view.memo[key], order)
 
 
+def turned_by_itself(x: Node, turn: Turn) -> bool:
+    """x and a table are parts of one value, as in a row of a matrix times its other rows: no positions turn it."""
+    return _whole(x) in (_whole(turn.cos.node), _whole(turn.sin.node))
+
+
+def _whole(node: Node) -> Node:
+    while (d.moves(node) or d.name(node) in ("cast", "neg")) and len(operands := d.data_inputs(node)) == 1:
+        node = operands[0]
+    return node
+
+
 Enough = Callable[[Node, Node], bool]
 """Whether x and these two tables are all that the rotation reads, in one autocast region."""
 

@@ -168,6 +168,8 @@ def _from_anchor(view: View, anchor: Node, done: set[Node]) -> Site | Miss | Non
         for x in regions.rotated_values(view, region):
             found = r.turn_of(view, region, x)
             if isinstance(found, r.Turn):
+                if r.turned_by_itself(x, found):
+                    continue
                 site = _site(view, region, x, found, anchor)
                 if isinstance(site, Site):
                     done.update(site.nodes)

@@ -37,3 +37,9 @@ def test_a_sum_over_many_elements_is_not_followed(dynamic: bool, monkeypatch: py
     compiled = torch.compile(_recurrence, backend="npu_fuse", dynamic=dynamic, options={"handoff": "eager"})
     assert torch.allclose(compiled(attention), _recurrence(attention))
     assert sum(followed) < 8 * attention.numel()  # steps of two and four elements alone
+
+
+def test_a_row_times_its_own_matrix_is_no_rotation() -> None:
+    """Two products of two elements each, as in a rotation of width 2, and its op would cost more than they do."""
+    report = npu_fuse.explain(_recurrence, torch.randn(3, 2, 1, STEPS, STEPS))
+    assert [site for graph in report.graphs for site in graph.sites] == []
