@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from npu_fuse import algebra
+from npu_fuse import algebra, contractions
 from npu_fuse import dialect as d
 from npu_fuse.trace import BUFFERS
 from npu_fuse.view import View, same_shape
@@ -33,11 +33,11 @@ class Region:
     sums: int = 0
 
 
-ANCHORS = ("add", "sub", "rsub", "sum", "addcmul", "mul")
+ANCHORS = ("add", "sub", "rsub", "sum", "addcmul", "mul", *contractions.NAMES)
 
 
 def is_anchor(node: Node) -> bool:
-    """One of `ANCHORS`: a sum of two products below movement, or a complex product, of floating-point tensors."""
+    """A sum of two products below movement, or a complex product, of floating-point tensors."""
     name = d.name(node)
     found = d.tensor(node)
     if found is None or found.dim() < 1:
@@ -50,6 +50,9 @@ def is_anchor(node: Node) -> bool:
         return found.dtype.is_floating_point and _is_product(_below(node.args[0]))
     if not found.dtype.is_floating_point:
         return False
+    if name in contractions.NAMES:
+        contraction = contractions.contraction_of(node)
+        return contraction is not None and contraction.count > 1
     first, second = d.binary(node)
     return _is_product(_below(first)) and _is_product(_below(second))
 
@@ -74,8 +77,11 @@ def _passes(node: Node) -> bool:
 
 
 def _is_product(node: Any) -> bool:
-    if not isinstance(node, Node) or not node.op.startswith("call") or d.name(node) != "mul":
+    if not isinstance(node, Node) or not node.op.startswith("call"):
         return False
+    if d.name(node) != "mul":
+        contraction = contractions.contraction_of(node)
+        return contraction is not None and not contraction.summed
     return sum(d.tensor(n) is not None for n in d.tensors_in(node)) == 2
 
 
@@ -135,6 +141,11 @@ def collect(view: View, output: Node) -> Region | None:
         elif name == "mul" and level < 2:
             region.products.append(node)
             below, next_level = [n for n in d.binary(node) if isinstance(n, Node)], 2
+        elif level < 2 and (contraction := contractions.contraction_of(node)) is not None:
+            if contraction.summed and level:
+                return False
+            region.products.append(node)
+            below, next_level = list(contraction.operands), 2
         if below is None:
             if level < 2 or found is None or not (found.dtype.is_floating_point or found.dtype.is_complex):
                 return False
@@ -213,6 +224,9 @@ def indexed_value(view: View, region: Region) -> Node | None:
 
 
 def _factors(product: Node) -> list[Node]:
+    contraction = contractions.contraction_of(product)
+    if contraction is not None:
+        return list(contraction.operands)
     operands = product.args[1:3] if d.name(product) == "addcmul" else d.binary(product)
     return [n for n in operands if isinstance(n, Node)]
 

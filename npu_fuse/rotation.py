@@ -68,6 +68,11 @@ def turned_by_itself(x: Node, turn: Turn) -> bool:
     return _whole(x) in (_whole(turn.cos.node), _whole(turn.sin.node))
 
 
+def pairs_of_made_tables(region: Region, turn: Turn) -> bool:
+    """Width 2, by matrices that the graph makes of cos and sin: the row of pairs may follow, and has those tables."""
+    return turn.width == 2 and any(table.node in region.nodes for table in (turn.cos, turn.sin))
+
+
 def _whole(node: Node) -> Node:
     while (d.moves(node) or d.name(node) in ("cast", "neg")) and len(operands := d.data_inputs(node)) == 1:
         node = operands[0]

@@ -56,6 +56,8 @@ def emit_table(e: Emitter, node: Any, table: Table, dtype: torch.dtype) -> Any:
             value = _signed(e, value, table.sign)
         elif table.sign == -1:
             value = e.call(torch.neg, value)
+        for i in table.insert:
+            value = e.call(torch.unsqueeze, value, i)
         return e.cast(value, dtype)
 
     return e.shared((table.key, dtype), (node,), build)

@@ -70,7 +70,7 @@ def _four(e: Emitter, table: Any, made_of: Table) -> Any:
 def _rank(table: Table) -> int:
     value = d.tensor(table.node)
     assert value is not None
-    return value.dim() - max(table.flatten - 1, 0)
+    return value.dim() - max(table.flatten - 1, 0) + len(table.insert)
 
 
 def _is_swapped(x: torch.Tensor) -> bool:
@@ -150,6 +150,8 @@ def _old_limit(turn: r.Turn, x: torch.Tensor, cos: torch.Tensor, target: Target)
 def _kept_dims(turn: r.Turn, x: torch.Tensor, cos: torch.Tensor) -> set[int]:
     """The dimensions of four-dimensional x that cos has too."""
     shape = list(cos.shape)[: -max(turn.cos.flatten, 1)]
+    for i in turn.cos.insert:
+        shape.insert(i, 1)
     shift = 3 - len(shape)
     return {i + shift for i, size in enumerate(shape) if not is_one(size)}
 

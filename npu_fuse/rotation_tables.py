@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -17,7 +18,8 @@ class Table:
     """How r1 or r2 is made from a node: `part` of a complex value, trailing dims flattened, then arranged.
 
     `arrange` is "" (full width as it is), "tile" (half width twice), "repeat" (each angle twice), or a
-    tuple of indices along the last dimension. `sign` is +1 or -1, or a tuple of them.
+    tuple of indices along the last dimension. `sign` is +1 or -1, or a tuple of them. `insert` are x's dimensions
+    that it lacks, where they are not the leading ones (an einsum names its dimensions).
     """
 
     node: Node
@@ -25,10 +27,11 @@ class Table:
     flatten: int = 0
     arrange: Any = ""
     sign: Any = 1
+    insert: tuple[int, ...] = ()
 
     @property
     def key(self) -> tuple[Any, ...]:
-        return (self.part, self.flatten, self.arrange, self.sign)
+        return (self.part, self.flatten, self.arrange, self.sign, self.insert)
 
 
 def tables(
@@ -43,14 +46,14 @@ def tables(
     found: list[tuple[int, Table]] = []
     for node, value in reversed(list(values.items())):
         for part, flatten, ids in _variants(value):
-            if len(ids.shape) > len(leading) + 1 or not _broadcasts(ids.shape[:-1], leading):
-                continue
-            arranged = _arranged(tracer, ids, flat, leading, width, mode)
-            if arranged is None:
-                continue
-            arrange, sign = arranged
-            cost = (0 if arrange == "" else 2 if isinstance(arrange, str) else 4) + (sign != 1) + flatten
-            found.append((cost, Table(node, part, flatten, arrange, sign)))
+            for insert, placed in _placed(ids, leading):
+                arranged = _arranged(tracer, placed, flat, leading, width, mode)
+                if arranged is None:
+                    continue
+                arrange, sign = arranged
+                cost = (0 if arrange == "" else 2 if isinstance(arrange, str) else 4) + (sign != 1) + flatten
+                found.append((cost, Table(node, part, flatten, arrange, sign, insert)))
+                break
     return sorted(found, key=lambda entry: entry[0])
 
 
@@ -63,6 +66,19 @@ def _variants(value: Any) -> Iterator[tuple[str, int, torch.Tensor]]:
         for count in (2, 3):
             if value.dim() > count:
                 yield "", count, value.flatten(-count)
+
+
+def _placed(ids: torch.Tensor, leading: torch.Size) -> Iterator[tuple[tuple[int, ...], torch.Tensor]]:
+    """The ways to lay a value's dimensions over x's, in order: as broadcasting does, then with ones in between."""
+    missing = len(leading) + 1 - ids.dim()
+    if missing < 0:
+        return
+    for insert in itertools.combinations(range(len(leading)), missing):
+        placed = ids
+        for i in insert:
+            placed = placed.unsqueeze(i)
+        if _broadcasts(placed.shape[:-1], leading):
+            yield (insert if insert != tuple(range(missing)) else ()), placed
 
 
 def _broadcasts(shape: torch.Size, leading: torch.Size) -> bool:

@@ -16,6 +16,7 @@ import torch
 from torch.fx import Node
 
 from npu_fuse import dialect as d
+from npu_fuse.contractions import Contraction, aligned, contraction_of
 from npu_fuse.replay import Sizes, replay
 
 Monomial = tuple[tuple[int, ...], float]
@@ -196,6 +197,9 @@ def _compute(tracer: Tracer, node: Node, name: str, args: tuple[Any, ...], kwarg
         return tracer.mul(args[0], 1.0 / float(args[1]))
     if name in ("sum",) and isinstance(args[0], torch.Tensor):
         return _sum_along(tracer, args, kwargs)
+    contraction = contraction_of(node)
+    if contraction is not None:
+        return _contracted(tracer, contraction, args)
     if name in BUFFERS:
         return torch.full(tuple(args[0].shape), UNKNOWN)
     if name not in d.MOVEMENT:
@@ -221,6 +225,20 @@ def _sum_along(tracer: Tracer, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
     keepdim = args[2] if len(args) > 2 else kwargs.get("keepdim", False)
     result: torch.Tensor = total.unsqueeze(dims[0]) if keepdim else total
     return result
+
+
+def _contracted(tracer: Tracer, found: Contraction, args: tuple[Any, ...]) -> torch.Tensor:
+    flat = [b for a in args for b in (a if isinstance(a, (tuple, list)) else (a,))]
+    operands = [a for a in flat if isinstance(a, torch.Tensor)]
+    if len(operands) != 2:
+        raise Untraceable("a contraction of other than two real tensors")
+    total: torch.Tensor = tracer.mul(*aligned(found, operands))
+    for _ in found.summed:
+        first, *others = total.unbind(-1)
+        total = first
+        for part in others:
+            total = tracer.add(total, part)
+    return total
 
 
 def _move(node: Node, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -159,6 +159,7 @@ def recognise(view: View) -> list[Site | Miss]:
 def _from_anchor(view: View, anchor: Node, done: set[Node]) -> Site | Miss | None:
     """The first value on the anchor's way forward that is a whole rotation of something of its shape."""
     near_miss: Miss | None = None
+    nearest: tuple[regions.Region, Node, r.Turn] | None = None
     for output in regions.ways_forward(view, anchor):
         if output in done:
             return None
@@ -170,17 +171,24 @@ def _from_anchor(view: View, anchor: Node, done: set[Node]) -> Site | Miss | Non
             if isinstance(found, r.Turn):
                 if r.turned_by_itself(x, found):
                     continue
-                site = _site(view, region, x, found, anchor)
-                if isinstance(site, Site):
-                    done.update(site.nodes)
-                return site
+                if not r.pairs_of_made_tables(region, found):
+                    return _taken(view, region, x, found, anchor, done)
+                nearest = nearest or (region, x, found)
+                break
             if found:
                 near_miss = near_miss or Miss(NAME, anchor, "rotary_mul.map", found)
         indexed = regions.indexed_value(view, region)
         if indexed is not None:
             reason = f"{indexed.name} is x permuted by an index tensor, whose values are not in the graph"
             near_miss = near_miss or Miss(NAME, anchor, "rotary_mul.index", reason)
-    return near_miss
+    return _taken(view, *nearest, anchor, done) if nearest else near_miss
+
+
+def _taken(view: View, region: regions.Region, x: Node, turn: r.Turn, anchor: Node, done: set[Node]) -> Site | Miss:
+    site = _site(view, region, x, turn, anchor)
+    if isinstance(site, Site):
+        done.update(site.nodes)
+    return site
 
 
 def _site(view: View, region: regions.Region, x: Node, turn: r.Turn, anchor: Node) -> Site | Miss:

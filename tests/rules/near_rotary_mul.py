@@ -46,6 +46,14 @@ NEAR_MISSES: tuple[Near, ...] = table(
         "halves in, neighbours out": (P + HALVES + "o1 = x1 * p - x2 * q; o2 = x2 * p + x1 * q\ntorch.stack((o1, o2), -1).flatten(-2)",),
         "turned twice": (T + ROT + "y = x * cos + rot * sin; r2 = torch.cat((-y[..., 8:], y[..., :8]), -1)\ny * cos + r2 * sin", "", OK),
         "sine on the rotated rotation": (T + ROT + "r2 = torch.cat((-rot[..., 8:], rot[..., :8]), -1)\nrot * cos + r2 * sin", "", OK),
+        # --- matrices
+        "triples by a matrix": ("t = x[..., :15].unflatten(-1, (5, 3)); m = torch.stack((c, s, C[..., :8]), -1)[:, :, :5, :, None].expand(2, 5, 5, 3, 3)\ntorch.einsum('bnspj,bspij->bnspi', t, m).flatten(-2)",),
+        "pairs times themselves": ("t = x.unflatten(-1, (8, 2))\n(t.unsqueeze(-1) @ t.unsqueeze(-2)).sum(-1).flatten(-2)",),
+        "matrix from the other side": ("m = torch.stack((torch.stack((c, -s), -1), torch.stack((s, c), -1)), -2)\ntorch.einsum('bnspi,bspij->bnspj', x.unflatten(-1, (8, 2)), m).flatten(-2)", "", OK),
+        "matrix of another position": ("m = torch.stack((torch.stack((c, -s), -1), torch.stack((s, c), -1)), -2).roll(1, 1)\ntorch.einsum('bnspj,bspij->bnspi', x.unflatten(-1, (8, 2)), m).flatten(-2)", "", OK),
+        "heads for positions by einsum": ("t = x[:, :, :3]; rot = torch.cat((-t[..., 8:], t[..., :8]), -1)\ntorch.einsum('bnsd,bnd->bnsd', t, C[:, :3]) + torch.einsum('bnsd,bsd->bnsd', rot, S[:, :3])", "", OK),
+        "einsum over heads too": ("rot = torch.cat((-x[..., 8:], x[..., :8]), -1)\ntorch.einsum('bnsd,bsd->bsd', x, C) + torch.einsum('bnsd,bsd->bsd', rot, S)",),
+        "three operands": ("rot = torch.cat((-x[..., 8:], x[..., :8]), -1)\ntorch.einsum('bnsd,bsd,bsd->bnsd', x, C, C) + torch.einsum('bnsd,bsd->bnsd', rot, S)",),
         # --- dimensions
         "heads for features": ("t = x[:, :2]; rot = torch.cat((-t[:, 1:], t[:, :1]), 1)\nt * C[:, None] + rot * S[:, None]",),
         "sequence for features": ("t = x[:, :, :4]; rot = torch.cat((-t[:, :, 2:], t[:, :, :2]), 2)\nt * C[:, None, :4] + rot * S[:, None, :4]",),

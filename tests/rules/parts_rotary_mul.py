@@ -98,6 +98,14 @@ NAMED: tuple[Program, ...] = tuple(
     program(name, INPUTS, text)
     for name, text in {
         "two by two matrix": "p = c.unsqueeze(1); q = s.unsqueeze(1); m = torch.stack((torch.stack((p, -q), -1), torch.stack((q, p), -1)), -2)\n(m * x.view(2, 3, 5, 8, 1, 2)).sum(-1).flatten(-2)",
+        "einsum for products": "rot = torch.cat((-x[..., 8:], x[..., :8]), -1)\ntorch.einsum('bnsd,bsd->bnsd', x, C) + torch.einsum('bnsd,bsd->bnsd', rot, S)",
+        "einsum for products, broadcast": "rot = torch.cat((-x[..., 8:], x[..., :8]), -1)\ntorch.einsum('...d,...d->...d', x, C[:, None]) + torch.einsum('...d,...d->...d', rot, S[:, None])",
+        "einsum for products, BSND": "t = x.transpose(1, 2); rot = torch.cat((-t[..., 8:], t[..., :8]), -1)\ntorch.einsum('bsnd,bsd->bsnd', t, C) + torch.einsum('bsd,bsnd->bsnd', S, rot)",
+        "two by two matrix, x unsqueezed": "m = torch.stack((torch.stack((c, -s), -1), torch.stack((s, c), -1)), -2)\n(m[:, None] * x.unflatten(-1, (8, 2)).unsqueeze(-2)).sum(-1).flatten(-2)",
+        "two by two matrix by einsum": "m = torch.stack((torch.stack((c, -s), -1), torch.stack((s, c), -1)), -2)\ntorch.einsum('bnspj,bspij->bnspi', x.unflatten(-1, (8, 2)), m).flatten(-2)",
+        "two by two matrix by matmul": "m = torch.stack((torch.stack((c, -s), -1), torch.stack((s, c), -1)), -2)\n(m[:, None] @ x.unflatten(-1, (8, 2)).unsqueeze(-1)).squeeze(-1).flatten(-2)",
+        "two by two matrix, rows by matmul": "m = torch.stack((torch.stack((c, -s), -1), torch.stack((s, c), -1)), -2)\n(x.unflatten(-1, (8, 2)).unsqueeze(-2) @ m[:, None].mT).squeeze(-2).flatten(-2)",
+        "halves by einsum": "m = torch.stack((torch.stack((c, -s), -1), torch.stack((s, c), -1)), -2)\ntorch.einsum('bnsjp,bspij->bnsip', x.unflatten(-1, (2, 8)), m).flatten(-2)",
         "complex": "z = torch.view_as_complex(x.float().view(2, 3, 5, 8, 2)); t = torch.complex(a.cos().float(), a.sin().float())\ntorch.view_as_real(z * t).flatten(-2).to(x.dtype)",
         "complex by polar": "z = torch.view_as_complex(x.float().reshape(2, 3, 5, 8, 2)); t = torch.polar(torch.ones_like(a).float(), a.float())\ntorch.view_as_real(z * t[None, None]).flatten(3).type_as(x)",
         "interleaved by rot": "x1 = x[..., ::2]; x2 = x[..., 1::2]; rot = torch.stack((-x2, x1), -1).flatten(-2); cos = c.repeat_interleave(2, -1)[:, None]; sin = s.repeat_interleave(2, -1)[:, None]\nx * cos + rot * sin",
@@ -124,14 +132,6 @@ NAMED: tuple[Program, ...] = tuple(
         "swapped halves, signed tables": "sin = torch.cat((-s, s), -1)[:, None]; cos = torch.cat((c, c), -1)[:, None]; t = torch.cat((x[..., 8:], x[..., :8]), -1)\nx * cos + t * sin",
     }.items()
 )  # fmt: skip
-
-LEFT_ALONE: tuple[Program, ...] = tuple(
-    program(name, INPUTS, text)
-    for name, text in {
-        "einsum for products": "rot = torch.cat((-x[..., 8:], x[..., :8]), -1)\ntorch.einsum('bnsd,bsd->bnsd', x, C) + torch.einsum('bnsd,bsd->bnsd', rot, S)",
-    }.items()
-)  # fmt: skip
-"""A true rotation that is not read: einsum is no product here."""
 
 
 def combined(count: int) -> list[Program]:

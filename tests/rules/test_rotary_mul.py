@@ -36,12 +36,6 @@ def test_a_table_written_between_two_rotations():
     assert [s.status for s in sites(reports)] == [Status.FUSED] * 2
 
 
-@pytest.mark.parametrize("spelling", parts_rotary_mul.LEFT_ALONE, ids=lambda spelling: spelling.name)
-def test_what_is_not_read_stays(spelling):
-    reports = through_torch_compile(spelling, MODES[0], parts_rotary_mul.inputs(MODES[0].dtype))
-    assert not sites(reports)
-
-
 @pytest.mark.parametrize("miss", (*NEAR_MISSES, *GUARDED), ids=str)
 @pytest.mark.parametrize("mode", NEAR_MODES, ids=str)
 def test_near_miss_changes_nothing(miss, mode):
