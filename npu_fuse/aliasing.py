@@ -16,6 +16,8 @@ from typing import Any
 import torch
 from torch.fx import GraphModule
 
+from npu_fuse.capture import graphs_of
+
 HANDS_ITS_INPUT_BACK = frozenset(("npu::npu_moe_token_unpermute",))
 BLAMED = r"\w+::_npu_moe_token_unpermute "
 """How torch's message begins, in whichever library the operator's kernel is."""
@@ -26,8 +28,7 @@ def hands_input_back(gm: GraphModule) -> bool:
     """Whether a graph, or one inside it, holds such an operator where this torch checks for it."""
     return hasattr(torch._functorch.config, RAISES) and any(
         isinstance(node.target, torch._ops.OpOverload) and node.target._schema.name in HANDS_ITS_INPUT_BACK
-        for module in gm.modules()
-        if isinstance(module, GraphModule)
+        for module in graphs_of(gm)
         for node in module.graph.nodes
     )
 

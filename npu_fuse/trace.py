@@ -10,6 +10,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import reduce
 from typing import Any
 
 import torch
@@ -151,8 +152,7 @@ def sums_many(nodes: Sequence[Node], sizes: Sizes) -> bool:
         value = d.tensor(node.args[0]) if d.name(node) == "sum" and isinstance(node.args[0], Node) else None
         if value is None:
             continue
-        dims: Any = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim")
-        dims = (dims,) if isinstance(dims, int) else tuple(dims or ())
+        dims = _dims(node.args, node.kwargs)
         if len(dims) != 1 or sizes.of(value.shape[dims[0]]) > MAX_TERMS:
             return True
     return False
@@ -213,15 +213,16 @@ def _two(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
     return args[0], kwargs["other"]
 
 
-def _sum_along(tracer: Tracer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:
+def _dims(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[int]:
     dims = args[1] if len(args) > 1 else kwargs.get("dim")
-    dims = [dims] if isinstance(dims, int) else list(dims or [])
+    return [dims] if isinstance(dims, int) else list(dims or [])
+
+
+def _sum_along(tracer: Tracer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:
+    dims = _dims(args, kwargs)
     if len(dims) != 1 or args[0].shape[dims[0]] > MAX_TERMS:
         raise Untraceable("a sum over more than four elements")
-    parts = args[0].unbind(dims[0])
-    total = parts[0]
-    for part in parts[1:]:
-        total = tracer.add(total, part)
+    total = reduce(tracer.add, args[0].unbind(dims[0]))
     keepdim = args[2] if len(args) > 2 else kwargs.get("keepdim", False)
     result: torch.Tensor = total.unsqueeze(dims[0]) if keepdim else total
     return result
@@ -234,10 +235,7 @@ def _contracted(tracer: Tracer, found: Contraction, args: tuple[Any, ...]) -> to
         raise Untraceable("a contraction of other than two real tensors")
     total: torch.Tensor = tracer.mul(*aligned(found, operands))
     for _ in found.summed:
-        first, *others = total.unbind(-1)
-        total = first
-        for part in others:
-            total = tracer.add(total, part)
+        total = reduce(tracer.add, total.unbind(-1))
     return total
 
 
